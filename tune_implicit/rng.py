@@ -1,0 +1,54 @@
+"""The global random state of Python, NumPy and torch, as plain data."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["get_rng_state", "preserved_rng", "seed_everything", "set_rng_state"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - it is the global generator that user code draws from
+    torch.manual_seed(seed)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Return the global random state, made only of tensors, numbers and strings.
+
+    A checkpoint that holds it therefore loads with ``weights_only=True``.
+    """
+    algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set the global random state to what :func:`get_rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, *rest = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["cpu"])
+    # A state of more devices than there are here sets those that are.
+    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the global random state as it was, whatever is drawn inside."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
