@@ -1,0 +1,245 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.problems import generator, quadratic, tiny_mlp
+from tune_implicit.errors import CheckpointError, DivergedError, SolveError
+from tune_implicit.problem import BilevelProblem
+from tune_implicit.rng import seed_everything
+from tune_implicit.settings import ImplicitSettings
+from tune_implicit.solvers import Status
+from tune_implicit.trainer import BilevelTrainer
+
+
+class LogL2(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_l2 = nn.Parameter(torch.tensor(-3.0))
+
+
+def random_problem(weight_decay: float = 0.0) -> BilevelProblem:
+    """Everything that makes a resume hard: shuffled batches, dropout, BatchNorm, and a random loss."""
+    x, y = torch.randn(60, 5, generator=generator()), torch.arange(60) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    own_generator = DataLoader(TensorDataset(x, y), batch_size=25, shuffle=True, generator=generator(1))
+    return BilevelProblem(
+        ul_model=LogL2(),
+        ll_model=nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)),
+        ul_objective=lambda s: cross_entropy(s.ll_model(s.data), s.target),
+        ll_objective=lambda s: (
+            cross_entropy(s.ll_model(s.data + 0.1 * torch.randn_like(s.data)), s.target)
+            + s.ul_model.log_l2.exp() * s.ll_model[0].weight.square().sum()
+        ),
+        train_data=loader,
+        validate_data=own_generator,
+        select_data=[(x, y)],
+        ll_optimizer=lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay),
+    )
+
+
+SETTINGS = ImplicitSettings(ll_steps=3, k=3, warmup_ll_steps=2, ul_learning_rate=0.1)
+
+
+def make_trainer(settings: ImplicitSettings = SETTINGS, **options: float) -> BilevelTrainer:
+    seed_everything(0)
+    return BilevelTrainer(random_problem(**options), settings)
+
+
+def go_on(source: str, target: str, steps: int) -> None:
+    """What the other process runs: load, take some steps, save."""
+    torch.set_num_threads(1)
+    trainer = make_trainer()
+    torch.randn(17)  # its random state is elsewhere
+    trainer.load_state_dict(torch.load(source, weights_only=True))
+    for _ in range(steps):
+        trainer.step()
+    torch.save(trainer.state_dict(), target)
+
+
+def assert_same_bits(got: object, expected: object, where: str = "state") -> None:
+    if isinstance(expected, dict):
+        assert list(got) == list(expected), where
+        for key, value in expected.items():
+            assert_same_bits(got[key], value, f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same_bits(got[index], value, f"{where}[{index}]")
+    elif isinstance(expected, Tensor):
+        assert torch.equal(got, expected), where
+    else:
+        assert got == expected, where
+
+
+# After the second step the training pass is half read, after the fifth the validation pass has just ended.
+@pytest.mark.parametrize("saved_after", [0, 2, 5])
+def test_resume_in_a_new_process_ends_in_the_same_bits(saved_after: int, tmp_path: Path):
+    trainer, steps = make_trainer(), 7
+    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
+    for step in range(steps):
+        if step == saved_after:
+            torch.save(trainer.state_dict(), source)
+        trainer.step()
+    code = f"from tests.test_trainer import go_on; go_on({str(source)!r}, {str(target)!r}, {steps - saved_after})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    assert_same_bits(torch.load(target, weights_only=True), trainer.state_dict())
+
+
+def test_state_of_another_trial_keeps_own_settings():
+    """The trap of population-based training: ``optimizer.load_state_dict`` brings back the donor's options."""
+    donor = make_trainer(weight_decay=0.3)
+    donor.step()
+    own = replace(SETTINGS, ll_learning_rate=0.002, ul_learning_rate=0.03, k=7, tolerance=1e-3)
+    trainer = make_trainer(own, weight_decay=0.01)
+    trainer.load_state_dict(donor.state_dict())
+    (ll_group,), (ul_group,) = (optimizer.param_groups for optimizer in trainer._optimizers().values())
+    assert (ll_group["lr"], ll_group["weight_decay"], ul_group["lr"]) == (0.002, 0.01, 0.03)
+    solver = trainer._implicit.solver
+    assert (solver.k, solver.tolerance, solver.step_size) == (7, 1e-3, 0.002)
+    # What it takes over: weights, counters, and the optimizer's memory of past gradients.
+    assert_same_bits(trainer.problem.ll_model.state_dict(), donor.problem.ll_model.state_dict())
+    assert trainer.ul_step == 1
+    assert_same_bits(trainer._ll_optimizer.state_dict()["state"], donor._ll_optimizer.state_dict()["state"])
+    trainer.step()
+    assert ll_group["lr"] == 0.002
+
+
+def test_options_that_an_optimizer_changes_itself_survive_a_resume():
+    trainer = make_trainer()
+    trainer._ll_optimizer.param_groups[0]["lr"] = 0.5
+    resumed = make_trainer()
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed._ll_optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_trainer_finds_the_best_ul_values():
+    """At the end the whole derivative of ``F(w*(l), l)`` vanishes, at the minimum that linear algebra gives."""
+    case = quadratic()
+    problem = replace(case.problem, ll_optimizer=torch.optim.SGD)
+    trainer = BilevelTrainer(
+        problem, ImplicitSettings(solver="cg", k=4, ll_steps=60, ll_learning_rate=0.3, ul_learning_rate=0.1)
+    )
+    norms = [trainer.step().hypergradient.norm for _ in range(200)]
+    assert norms[-1] < 1e-4 * norms[0]
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_failed_solve(policy: str):
+    # The step size is also that of the Neumann series, far above 2 / lambda_max = 0.5.
+    settings = ImplicitSettings(ll_learning_rate=3.0, ll_steps=0, on_failure=policy)
+    trainer = BilevelTrainer(quadratic().problem, settings)
+    before = trainer.problem.ul_model.ul.clone()
+    if policy == "raise":
+        with pytest.raises(SolveError, match=r"solve at ul step 1 ended as diverged after .* relative residual"):
+            trainer.step()
+    else:
+        assert trainer.step().hypergradient.status is Status.DIVERGED
+        assert (trainer.skipped_ul_steps, trainer.ul_step) == (1, 1)
+        assert torch.equal(trainer.problem.ul_model.ul, before)
+
+
+def test_project_constrains_the_ul_values():
+    def project(ul_model: nn.Module) -> None:
+        ul_model.log_l2.clamp_(max=-4.0)
+
+    problem = tiny_mlp()
+    assert (problem.ul_model.log_l2 > -4).any()
+    trainer = BilevelTrainer(replace(problem, project=project), ImplicitSettings(k=2))
+    trainer.step()
+    assert (problem.ul_model.log_l2 <= -4).all()
+
+
+def test_without_ul_learning_rate_only_the_ll_model_trains():
+    trainer = make_trainer(replace(SETTINGS, ul_learning_rate=0.0))
+    before = trainer.problem.ul_model.log_l2.item()
+    assert trainer.step().hypergradient is None
+    assert (trainer.problem.ul_model.log_l2.item(), trainer.ll_step, trainer.hvps) == (before, 5, 0)
+
+
+def test_costs_are_counted():
+    trainer = make_trainer()
+    hypergradient = trainer.step().hypergradient
+    assert trainer.ll_step == 5  # 2 of warm-up
+    assert trainer.hvps == hypergradient.hvps == 4  # k = 3, and the last residual
+    assert trainer.gradient_evaluations == 5 + 2 + 2 * 4 + 2
+
+
+def test_ll_steps_leave_the_ul_gradient_alone():
+    trainer = make_trainer()
+    trainer._train_ll(2)
+    assert trainer.problem.ul_model.log_l2.grad is None
+
+
+def test_optimizer_that_evaluates_the_loss_several_times():
+    problem = replace(tiny_mlp(), ll_optimizer=lambda params, lr: torch.optim.LBFGS(params, lr=lr, max_iter=4))
+    trainer = BilevelTrainer(problem, ImplicitSettings(ll_learning_rate=0.5, ll_steps=2, k=2))
+    losses = [trainer.step().train_loss for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert trainer.gradient_evaluations > trainer.ll_step + 3 * (2 + 2 * 3 + 2)
+
+
+def test_divergence_names_the_steps_and_the_learning_rate():
+    settings = ImplicitSettings(ll_learning_rate=1e8, ll_steps=40)
+    problem = replace(quadratic().problem, ll_optimizer=torch.optim.SGD)
+    with pytest.raises(DivergedError, match=r"within ll steps 1 to 40, with ll_learning_rate=1e\+08"):
+        BilevelTrainer(problem, settings).step()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({"format_version": 99}, "format version 1, got 99"), ([], "got list")],
+)
+def test_state_of_another_format(state: object, message: str):
+    with pytest.raises(CheckpointError, match=message):
+        make_trainer().load_state_dict(state)
+
+
+def test_state_of_other_shapes():
+    other = BilevelTrainer(tiny_mlp(), SETTINGS)
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit this problem.*such as its width"):
+        make_trainer().load_state_dict(other.state_dict())
+
+
+def test_batches_are_moved_to_the_models(monkeypatch: pytest.MonkeyPatch):
+    """Without a second device at hand: every batch passes through the one function that moves it."""
+    seen = []
+    monkeypatch.setattr("tune_implicit.trainer.move", lambda nested, device: seen.append(device) or nested)
+    make_trainer().step()
+    assert seen == [torch.device("cpu")] * 7
+
+
+def test_scalar_ul_value_reaches_the_best_on_a_regression():
+    """One L2 value, learned from 0: its validation loss ends no higher than at any value of a fine grid."""
+    x, x_validate = (torch.randn(30, 20, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
+    truth = torch.randn(20, 1, generator=generator(2), dtype=torch.float64)
+    y, y_validate = x @ truth + 3 * torch.randn(30, 1, generator=generator(3), dtype=torch.float64), x_validate @ truth
+
+    def best_response(l2: float) -> Tensor:
+        return torch.linalg.solve(x.T @ x / 30 + l2 * torch.eye(20, dtype=torch.float64), x.T @ y / 30)
+
+    model, ul = nn.Linear(20, 1, bias=False).double(), LogL2().double()
+    problem = BilevelProblem(
+        ul_model=ul,
+        ll_model=model,
+        ul_objective=lambda s: mse_loss(s.ll_model(s.data), s.target),
+        ll_objective=lambda s: (
+            mse_loss(s.ll_model(s.data), s.target) + s.ul_model.log_l2.exp() * s.ll_model.weight.square().sum()
+        ),
+        train_data=[(x, y)],
+        validate_data=[(x_validate, y_validate)],
+    )
+    trainer = BilevelTrainer(
+        problem, ImplicitSettings(solver="cg", k=20, ll_steps=30, ll_learning_rate=0.05, ul_learning_rate=0.05)
+    )
+    for _ in range(150):
+        trainer.step()
+    grid = [mse_loss(x_validate @ best_response(l2), y_validate).item() for l2 in torch.logspace(-3, 2, 400).tolist()]
+    learned = mse_loss(x_validate @ best_response(ul.log_l2.exp().item()), y_validate).item()
+    assert learned < 1.001 * min(grid)
