@@ -1,0 +1,235 @@
+"""One trial from start to end: config -> problem -> trainer -> records; and its checkpoint file."""
+
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeError, SolveError
+from tune_implicit.evaluation import evaluate
+from tune_implicit.hypergradient import Hypergradient
+from tune_implicit.problem import BilevelProblem, named_trainable
+from tune_implicit.rng import seed_everything
+from tune_implicit.settings import ImplicitSettings, TrackedConfig
+from tune_implicit.trainer import BilevelTrainer, Step
+
+__all__ = [
+    "CHECKPOINT_FILE",
+    "TRIAL_FAILURES",
+    "ProblemFactory",
+    "Record",
+    "Reporter",
+    "Trial",
+    "read_checkpoint",
+    "run_trial",
+]
+
+Record = dict[str, Any]
+ProblemFactory = Callable[..., BilevelProblem]
+
+CHECKPOINT_FILE = "trial.pt"
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+QUANTILE_SAMPLE = 10_000
+
+
+class Reporter(Protocol):
+    """Who hears of a trial's records: an engine's adapter."""
+
+    def report(self, record: Record) -> None:
+        """Take in the trial's latest record."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Return whether the trial is to end here."""
+        ...
+
+
+class Trial:
+    """One trial: a problem made from a config, trained and measured step by step.
+
+    Parameters
+    ----------
+    problem : callable(config) or callable(config, data) -> BilevelProblem
+        Called once, here, after every generator has been seeded with the config's ``seed``.
+    config : mapping of str to object
+        Reserved settings (the fields of :class:`ImplicitSettings`) and the user's own keys.
+    data : object, optional
+        The second argument of ``problem``, where there is one.
+
+    Attributes
+    ----------
+    history : list of dict
+        The records so far, each with ``"ul_quantiles"``: by parameter name, the quantiles of its ul values.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        If the config holds a setting out of range, or the problem is not one.
+    """
+
+    def __init__(self, problem: ProblemFactory, config: Mapping[str, Any], data: Any = None) -> None:
+        self.settings = ImplicitSettings.from_config(config)
+        self.history: list[Record] = []
+        self._config = TrackedConfig(config)
+        seed_everything(self.settings.seed)
+        made = problem(self._config) if data is None else problem(self._config, data)
+        if not isinstance(made, BilevelProblem):
+            raise InvalidTypeError(f"`problem(config)` must return a BilevelProblem, got {type(made).__name__}.")
+        if made.select_data is None:
+            warnings.warn(
+                "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the "
+                "search then favours the trial that overfits it most. Hold out a third split.",
+                stacklevel=2,
+            )
+        self.problem = made
+        self.trainer = BilevelTrainer(made, self.settings)
+
+    @property
+    def completed(self) -> bool:
+        """Whether all ul steps are taken."""
+        return self.trainer.ul_step >= self.settings.ul_steps
+
+    @property
+    def record(self) -> Record:
+        """The last record."""
+        return {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
+
+    def advance(self) -> Record:
+        """Take the ul steps up to the next report, and return its record of flat scalars.
+
+        Returns
+        -------
+        dict
+            ``train_loss`` and ``validate_loss``, means over the steps taken; ``select_loss`` and the user's metrics,
+            over the split that trials are compared on; the last hypergradient's certificate; counters and costs.
+
+        Raises
+        ------
+        DivergedError
+            If a loss or a metric is not finite.
+        SolveError
+            If a solve failed and ``on_failure`` is ``"raise"``.
+        InvalidValueError
+            On the first call, if the config has a key that no one reads.
+        """
+        count = min(self.settings.ul_steps_per_report, self.settings.ul_steps - self.trainer.ul_step)
+        steps = [self.trainer.step() for _ in range(count)]
+        record = self._losses(steps)
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
+        record |= _certificate(steps[-1].hypergradient) | self._counters()
+        self._config.check_all_read()
+        self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
+        return record
+
+    def failure_record(self, reason: str) -> Record:
+        """Return the last record of a trial that failed: its counters, its ``failure``, and infinity for each metric.
+
+        Infinity stands where engines insist on a number; none of the adapters passes it on as a value.
+        """
+        unknown = dict.fromkeys(("select_loss", "validate_loss", "train_loss", *self.problem.metrics), math.inf)
+        return unknown | self._counters() | {"failure": reason}
+
+    def _losses(self, steps: list[Step]) -> Record:
+        problem = self.problem
+        name = "validate_data" if problem.select_data is None else "select_data"
+        selected = evaluate(
+            problem, name, getattr(problem, name), {"select_loss": problem.ul_objective, **problem.metrics}
+        )
+        validate = [step.hypergradient.ul_loss for step in steps if step.hypergradient is not None]
+        if not validate:
+            whole = evaluate(problem, "validate_data", problem.validate_data, {"loss": problem.ul_objective})
+            validate = [whole["loss"]]
+        train = [step.train_loss for step in steps if self.settings.ll_steps] or [
+            evaluate(problem, "train_data", problem.train_data, {"loss": problem.ll_objective})["loss"]
+        ]
+        return {
+            "select_loss": selected["select_loss"],
+            "validate_loss": math.fsum(validate) / len(validate),
+            "train_loss": math.fsum(train) / len(train),
+            **{metric: selected[metric] for metric in problem.metrics},
+        }
+
+    def _counters(self) -> Record:
+        trainer = self.trainer
+        names = ("skipped_ul_steps", "hvps", "gradient_evaluations", "ul_step", "ll_step")
+        return {name: getattr(trainer, name) for name in names} | {"completed": self.completed}
+
+    def _ul_quantiles(self) -> dict[str, list[float]]:
+        quantiles = {}
+        for name, param in named_trainable(self.problem.ul_model).items():
+            values = param.detach().reshape(-1)
+            # An evenly spaced sample shows the spread of millions as well as a sort of all of them.
+            values = values[:: max(1, len(values) // QUANTILE_SAMPLE)].double().sort().values
+            ranks = [round(quantile * (len(values) - 1)) for quantile in QUANTILES]
+            quantiles[name] = values[ranks].tolist()
+        return quantiles
+
+    def save(self, path: Path) -> None:
+        """Write the trial to the file ``path``, which holds either the whole trial or what it held before."""
+        state = {"trainer": self.trainer.state_dict(), "history": self.history}
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from the file ``path``, with this trial's own settings.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is not one that :meth:`save` wrote, or of another problem.
+        """
+        state = read_checkpoint(path)
+        self.trainer.load_state_dict(state["trainer"])
+        self.history = state["history"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what :meth:`Trial.save` wrote to ``path``, its tensors on the CPU; nothing in it is executed.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read as a trial's checkpoint: {error}") from error
+    if not isinstance(state, dict) or not {"trainer", "history"} <= set(state):
+        raise CheckpointError(f"{str(path)!r} must be a trial's checkpoint, got another file.")
+    return state
+
+
+# What ends a trial as failed, while the search goes on. Anything else that a trial raises is a mistake to be mended.
+TRIAL_FAILURES = (DivergedError, SolveError, torch.OutOfMemoryError)
+
+
+def run_trial(trial: Trial, reporter: Reporter) -> Record:
+    """Run ``trial`` until it is completed or ``reporter`` stops it, and return its last record."""
+    while not trial.completed:
+        reporter.report(trial.advance())
+        if not trial.completed and reporter.should_stop():
+            break
+    return trial.record
+
+
+def _certificate(hypergradient: Hypergradient | None) -> Record:
+    """Return the metrics of the last hypergradient; what a failed solve leaves without a finite value is left out."""
+    if hypergradient is None:
+        return {}
+    numbers = {
+        "hypergradient_norm": hypergradient.norm,
+        "residual_norm": hypergradient.residual_norm,
+        "relative_residual": hypergradient.relative_residual,
+    }
+    return {name: value for name, value in numbers.items() if math.isfinite(value)} | {
+        "solver_steps": hypergradient.solver_steps,
+        "solver_status": hypergradient.status.value,
+    }
