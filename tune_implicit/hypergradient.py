@@ -13,7 +13,7 @@ from torch.autograd import grad
 from tune_implicit.batches import tensors_of
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.problem import Objective, State, check_callable, check_models, named_trainable
-from tune_implicit.products import SecondOrder
+from tune_implicit.products import SecondOrder, check_twice_differentiable, twice_differentiable_kernels
 from tune_implicit.rng import preserved_rng
 from tune_implicit.settings import make_solver
 from tune_implicit.solvers import Solution, Solver, Status
@@ -122,6 +122,7 @@ class Implicit:
         check_callable("ul_objective", ul_objective)
         check_callable("ll_objective", ll_objective)
         check_models(ul_model, ll_model)
+        check_twice_differentiable("ll_model", ll_model)
         check_number("ll_learning_rate", ll_learning_rate)
         if not (ll_learning_rate > 0 and math.isfinite(ll_learning_rate)):
             raise InvalidValueError(f"`ll_learning_rate` must be positive and finite, got {ll_learning_rate}.")
@@ -169,6 +170,7 @@ class Implicit:
         ll_model = self.ll_model
         if auxiliary_model is not None:
             check_models(self.ul_model, auxiliary_model)
+            check_twice_differentiable("auxiliary_model", auxiliary_model)
             ll_model = auxiliary_model
         ul_params, ll_params = named_trainable(self.ul_model), list(named_trainable(ll_model).values())
         _check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
@@ -181,7 +183,8 @@ class Implicit:
             direct = first[len(ll_params) :]
 
             ll_state = State(train_data, train_target, self.ul_model, ll_model)
-            ll_loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
+            with twice_differentiable_kernels(ll_model):
+                ll_loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
             second = SecondOrder(ll_loss, ll_params)
             solution = self.solver.solve(second.hvp, b)
             mixed = second.mixed_vjp(solution.v, list(ul_params.values()))

@@ -1,14 +1,59 @@
 """Products with the second derivatives of the ll loss at one point: the only module that differentiates twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
+from tune_implicit.errors import InvalidValueError
 from tune_implicit.vectors import flatten, unflatten
 
-__all__ = ["SecondOrder"]
+__all__ = ["SecondOrder", "check_twice_differentiable", "twice_differentiable_kernels"]
+
+
+def check_twice_differentiable(name: str, model: nn.Module) -> None:
+    """Check that ``model`` trains no module whose second derivative torch gets wrong or does not have.
+
+    Raises
+    ------
+    InvalidValueError
+        If it does. That of ``weight_norm`` is wrong in torch 2.13, without a word: by 30% of the largest entry of the
+        Hessian of a linear layer, against differences of its gradient.
+    """
+    for path, module in model.named_modules():
+        kind = None
+        if isinstance(module, nn.EmbeddingBag):
+            kind, instead = "EmbeddingBag", "an Embedding and a sum"
+        elif _is_weight_norm(module):
+            kind, instead = "weight_norm", "a parametrization of your own that returns g * v / v.norm(...)"
+        if kind and any(param.requires_grad for param in module.parameters()):
+            raise InvalidValueError(
+                f"`{name}`'s module {path!r} uses {kind}, which torch cannot differentiate twice. Use {instead}, or "
+                "set requires_grad=False on its parameters."
+            )
+
+
+def _is_weight_norm(module: nn.Module) -> bool:
+    if isinstance(module, ParametrizationList):
+        return any(isinstance(parametrization, _WeightNorm) for parametrization in module)
+    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+
+
+@contextmanager
+def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Compute with the kernels that torch can differentiate twice: unfused attention, and RNNs without cuDNN.
+
+    Only the forward pass that builds the graph needs it; its backward passes stay with the kernels it chose.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+        yield
 
 
 class SecondOrder:
