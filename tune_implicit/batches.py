@@ -24,6 +24,11 @@ __all__ = ["Batch", "BatchStream", "batches_of", "check_split", "move", "tensors
 
 Batch = tuple[Any, Any]
 
+_EMPTY = (
+    "`{name}` must hold at least one batch, got none. "
+    "Check the split's size against the loader's `batch_size` and `drop_last`."
+)
+
 # These draw the whole order of a pass at its start.
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _BATCH_SAMPLERS = (BatchSampler, type(None))
@@ -59,7 +64,7 @@ def check_split(name: str, data: Any) -> None:
     except TypeError:  # a DataLoader over an iterable data set has the method, but no answer
         return
     if length == 0:
-        raise _empty(name)
+        raise InvalidValueError(_EMPTY.format(name=name))
 
 
 def batches_of(name: str, data: Iterable[Batch]) -> Iterator[Batch]:
@@ -82,7 +87,7 @@ def batches_of(name: str, data: Iterable[Batch]) -> Iterator[Batch]:
             )
         yield batch[0], batch[1]
     if empty:
-        raise _empty(name)
+        raise InvalidValueError(_EMPTY.format(name=name))
 
 
 class BatchStream:
@@ -189,13 +194,6 @@ class BatchStream:
             return []
         found = (self._data.generator, getattr(self._data.sampler, "generator", None))
         return [generator for generator in found if generator is not None]
-
-
-def _empty(name: str) -> InvalidValueError:
-    return InvalidValueError(
-        f"`{name}` must hold at least one batch, got none. "
-        "Check the split's size against the loader's `batch_size` and `drop_last`."
-    )
 
 
 def _describe(batch: Any) -> str:

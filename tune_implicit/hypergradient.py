@@ -1,7 +1,7 @@
 """The hypergradient: direct minus implicit term, with a certificate of how exact it is."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from tune_implicit.rng import preserved_rng
 from tune_implicit.settings import make_solver
 from tune_implicit.solvers import Solution, Solver, Status
 from tune_implicit.solvers.base import check_number
-from tune_implicit.vectors import flatten
+from tune_implicit.vectors import flatten, norm_of
 
 __all__ = ["Hypergradient", "Implicit", "scalar_loss"]
 
@@ -231,7 +231,7 @@ def _certified(
     gradients: dict[str, Tensor], solution: Solution, second: SecondOrder, b: Tensor, ul_loss: Tensor, ll_loss: Tensor
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
-    norms = [_norm([b]), _norm([second.gradient]), _norm(list(gradients.values()))]
+    norms = [norm_of([b]), second.stationarity, norm_of(list(gradients.values()))]
     losses = [loss.detach().to(norms[0]) for loss in (ul_loss, ll_loss)]
     b_norm, stationarity, norm, ul_value, ll_value = torch.stack([*norms, *losses]).tolist()
     status = solution.status
@@ -249,12 +249,6 @@ def _certified(
         ul_loss=ul_value,
         ll_loss=ll_value,
     )
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm over all entries, accumulated in float64, in which no float32 square overflows."""
-    norms: list[Tensor] = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-    return torch.stack(norms).square().sum().sqrt()
 
 
 def _difference(direct: Tensor | None, mixed: Tensor | None, param: Tensor) -> Tensor:

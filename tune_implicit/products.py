@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.vectors import flatten, unflatten
+from tune_implicit.vectors import flatten, norm_of, unflatten
 
 __all__ = ["SecondOrder", "check_twice_differentiable", "twice_differentiable_kernels"]
 
@@ -71,8 +71,8 @@ class SecondOrder:
 
     Attributes
     ----------
-    gradient : Tensor, shape (n,)
-        ``df/dw``, detached.
+    stationarity : Tensor, scalar
+        ``||df/dw||``, in float64.
     hvps : int
         Hessian-vector products taken so far.
     """
@@ -83,7 +83,7 @@ class SecondOrder:
         # A gradient that is constant in everything has no graph, and no second derivative.
         self._varying = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
         self._gradients = [gradients[index] for index in self._varying]
-        self.gradient = flatten([gradient.detach() for gradient in gradients])
+        self.stationarity = norm_of([gradient.detach() for gradient in gradients])
         self.hvps = 0
 
     def hvp(self, v: Tensor) -> Tensor:
@@ -105,5 +105,6 @@ class SecondOrder:
         if not self._gradients:
             return (None,) * len(inputs)
         pieces = unflatten(v, self._ll_params)
-        cotangents = [pieces[index] for index in self._varying]
-        return grad(self._gradients, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
+        if len(self._gradients) < len(pieces):
+            pieces = tuple(pieces[index] for index in self._varying)
+        return grad(self._gradients, inputs, pieces, retain_graph=retain_graph, allow_unused=True)

@@ -130,7 +130,13 @@ class ImplicitSettings:
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    """Return ``value`` as a Python ``kind``; search engines also sample NumPy's numbers, and whole floats for ints."""
+    """Return ``value`` as a Python ``kind``; search engines also sample NumPy's numbers, and whole floats for ints.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it is not one.
+    """
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if kind is int and number and float(value).is_integer():
         return int(value)

@@ -112,7 +112,13 @@ class BilevelTrainer:
         return Step(train_loss, hypergradient)
 
     def _train_ll(self, steps: int) -> float:
-        """Take ``steps`` ll optimizer steps and return their mean loss, which leaves the device only then."""
+        """Take ``steps`` ll optimizer steps and return their mean loss, which leaves the device only then.
+
+        Raises
+        ------
+        DivergedError
+            If it is not finite.
+        """
         if steps == 0:
             return math.nan
         total = torch.zeros((), dtype=torch.float64, device=self._device)

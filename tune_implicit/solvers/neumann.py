@@ -15,7 +15,9 @@ from tune_implicit.solvers.base import (
     check_number,
     check_stopping,
     dot,
+    read,
     scale_of,
+    scaled,
     steps_between_checks,
     stopping_norm,
 )
@@ -95,7 +97,7 @@ class NeumannSeries:
             return Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
         if not math.isfinite(scale):
             return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, scale)
-        v, r = torch.zeros_like(b), b / scale
+        v, r = torch.zeros_like(b), scaled(b, scale)
         norm = torch.linalg.vector_norm(r).item()
         stop = stopping_norm(self.tolerance / scale, self.rtol, norm, b.dtype)
         if norm < stop:
@@ -103,29 +105,31 @@ class NeumannSeries:
         if v0 is None:
             smallest, pending = norm, self._sums(v, r, hvp, 1)
         else:
-            smallest, pending = math.inf, [(v0 / scale, r - hvp(v0 / scale))]
+            v_first = scaled(v0, scale)
+            smallest, pending = math.inf, [(v_first, r - hvp(v_first))]
         steps = -1
         while pending:
-            norms = torch.stack([torch.linalg.vector_norm(r_next) for _, r_next in pending]).tolist()
+            norms = read([torch.linalg.vector_norm(r_next) for _, r_next in pending])
             for (v_next, r_next), norm_next in zip(pending, norms, strict=True):
                 steps += 1
                 if not norm_next <= _GROWTH * smallest:
-                    return Solution(v * scale, self._failure(r, r_next, hvp), steps, norm * scale)
+                    return Solution(scaled(v, 1 / scale), self._failure(r, r_next, hvp), steps, norm * scale)
                 v, r, norm, smallest = v_next, r_next, norm_next, min(smallest, norm_next)
                 if norm < stop:
-                    # Convergence says that ||H|| is below 2 / a.
-                    return Solution(
-                        v * scale, Status.CONVERGED, steps, certain_norm(norm, v, 1 / self.step_size) * scale
-                    )
+                    return self._answer(Status.CONVERGED, v, norm, steps, scale)
             pending = self._sums(v, r, hvp, min(steps_between_checks(b), self.k - steps))
-        return Solution(v * scale, Status.MAX_STEPS, steps, certain_norm(norm, v, 1 / self.step_size) * scale)
+        return self._answer(Status.MAX_STEPS, v, norm, steps, scale)
+
+    def _answer(self, status: Status, v: Tensor, norm: float, steps: int, scale: float) -> Solution:
+        """Return the solution in the units of ``b``; that the residual never grew says that ``||H||`` is some 1 / a."""
+        return Solution(scaled(v, 1 / scale), status, steps, certain_norm(norm, v, 1 / self.step_size) * scale)
 
     def _sums(self, v: Tensor, r: Tensor, hvp: Hvp, count: int) -> list[tuple[Tensor, Tensor]]:
         """Return the next ``count`` partial sums after ``v``, each with its residual."""
         sums = []
         for _ in range(count):
-            v = v + self.step_size * r
-            r = r - self.step_size * hvp(r)
+            hr = hvp(r)
+            v, r = torch.add(v, r, alpha=self.step_size), torch.add(r, hr, alpha=-self.step_size)
             sums.append((v, r))
         return sums
 
