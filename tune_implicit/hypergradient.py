@@ -181,6 +181,7 @@ class Implicit:
             first = grad(ul_loss, [*ll_params, *ul_params.values()], allow_unused=True)
             b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
             direct = first[len(ll_params) :]
+            del first  # `b` holds a copy
 
             ll_state = State(train_data, train_target, self.ul_model, ll_model)
             with twice_differentiable_kernels(ll_model):
@@ -189,12 +190,9 @@ class Implicit:
             solution = self.solver.solve(second.hvp, b)
             mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
-        unused = [name for name, *terms in zip(ul_params, direct, mixed, strict=True) if terms == [None, None]]
-        _check_used({name: ul_params[name] for name in unused}, ul_loss, ll_loss)
-        gradients = {
-            name: _difference(direct_term, mixed_term, param)
-            for (name, param), direct_term, mixed_term in zip(ul_params.items(), direct, mixed, strict=True)
-        }
+        terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
+        _check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
+        gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
         result = _certified(gradients, solution, second, b, ul_loss, ll_loss)
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
@@ -317,7 +315,8 @@ def _untouched(*models: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
     try:
         with preserved_rng():

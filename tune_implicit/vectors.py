@@ -20,9 +20,12 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the ``(n,)`` tensor ``vector`` cut into the shapes and dtypes of ``like``, as views where dtypes agree."""
-    # A quarter of the time of `split`, which counts where the vectors are short.
+    # The short ways count where the vectors are short: `split` alone takes four times as long.
     pieces = (vector,) if len(like) == 1 else vector.split_with_sizes([tensor.numel() for tensor in like])
-    return tuple(piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True))
+    shaped = (piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True))
+    if all(tensor.dtype is vector.dtype for tensor in like):
+        return tuple(shaped)
+    return tuple(piece.to(tensor.dtype) for piece, tensor in zip(shaped, like, strict=True))
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:

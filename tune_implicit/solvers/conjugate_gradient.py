@@ -94,6 +94,7 @@ class ConjugateGradient:
             rr = dot(r, r)
         p, best, best_rr = r, v, rr.item()
         status, steps, largest = self._judge(1.0, best_rr, stop), 0, 0.0
+        last_rr = pp = best_rr
         rounding = _ROUNDINGS * torch.finfo(b.dtype).eps
         while status is Status.MAX_STEPS and steps < self.k:
             iterates, scalars = [], []
@@ -101,17 +102,20 @@ class ConjugateGradient:
                 hp = hvp(p)
                 curvature = dot(p, hp)
                 alpha = rr / curvature
-                v = v + alpha * p
-                r = r - alpha * hp
-                scalars += [curvature, torch.linalg.vector_norm(p)]
+                v = torch.addcmul(v, p, alpha)
+                r = torch.addcmul(r, hp, alpha, value=-1)
                 rr, rr_previous = dot(r, r), rr
-                p = r + (rr / rr_previous) * p
+                p = torch.addcmul(r, p, rr / rr_previous)
                 iterates.append(v)
-                scalars.append(rr)
+                scalars += [curvature, rr]
             seen = iter(read(scalars))
-            for iterate, php, p_norm, seen_rr in zip(iterates, seen, seen, seen, strict=True):
+            for iterate, php, seen_rr in zip(iterates, seen, seen, strict=True):
                 steps += 1
-                seen_curvature = php / p_norm**2 if p_norm else math.nan
+                seen_curvature = php / pp if pp else math.nan
+                # ||p||^2 of the next direction, of which the residual is orthogonal to the one before.
+                beta = seen_rr / last_rr if last_rr else math.nan
+                pp = seen_rr + beta * beta * pp
+                last_rr = seen_rr
                 status = self._judge(seen_curvature - rounding * largest, seen_rr, stop)
                 if not status.failed:
                     largest = max(largest, seen_curvature)

@@ -103,35 +103,41 @@ class NeumannSeries:
         if norm < stop:
             return Solution(v, Status.CONVERGED, 0, norm * scale)
         if v0 is None:
-            smallest, pending = norm, self._sums(v, r, hvp, 1)
+            steps, smallest, pending = -1, norm, self._residuals(r, hvp, 1)
         else:
-            v_first = scaled(v0, scale)
-            smallest, pending = math.inf, [(v_first, r - hvp(v_first))]
-        steps = -1
+            start = v0 / scale
+            steps, r_start = 0, r - hvp(start)
+            norm_start = torch.linalg.vector_norm(r_start).item()
+            if not math.isfinite(norm_start):
+                return Solution(v, Status.NON_FINITE, 0, norm * scale)
+            v, r, norm, smallest = start, r_start, norm_start, norm_start
+            if norm < stop:
+                return self._answer(Status.CONVERGED, v, norm, 0, scale)
+            pending = self._residuals(r, hvp, min(steps_between_checks(b), self.k))
         while pending:
-            norms = read([torch.linalg.vector_norm(r_next) for _, r_next in pending])
-            for (v_next, r_next), norm_next in zip(pending, norms, strict=True):
+            norms = read([torch.linalg.vector_norm(r_next) for r_next in pending])
+            for r_next, norm_next in zip(pending, norms, strict=True):
                 steps += 1
                 if not norm_next <= _GROWTH * smallest:
                     return Solution(scaled(v, 1 / scale), self._failure(r, r_next, hvp), steps, norm * scale)
-                v, r, norm, smallest = v_next, r_next, norm_next, min(smallest, norm_next)
+                v.add_(r, alpha=self.step_size)  # only now, so that the sum before a growth is still there
+                r, norm, smallest = r_next, norm_next, min(smallest, norm_next)
                 if norm < stop:
                     return self._answer(Status.CONVERGED, v, norm, steps, scale)
-            pending = self._sums(v, r, hvp, min(steps_between_checks(b), self.k - steps))
+            pending = self._residuals(r, hvp, min(steps_between_checks(b), self.k - steps))
         return self._answer(Status.MAX_STEPS, v, norm, steps, scale)
 
     def _answer(self, status: Status, v: Tensor, norm: float, steps: int, scale: float) -> Solution:
         """Return the solution in the units of ``b``; that the residual never grew says that ``||H||`` is some 1 / a."""
         return Solution(scaled(v, 1 / scale), status, steps, certain_norm(norm, v, 1 / self.step_size) * scale)
 
-    def _sums(self, v: Tensor, r: Tensor, hvp: Hvp, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the next ``count`` partial sums after ``v``, each with its residual."""
-        sums = []
+    def _residuals(self, r: Tensor, hvp: Hvp, count: int) -> list[Tensor]:
+        """Return the next ``count`` terms of the series after ``r``: the residuals of the sums up to each before."""
+        residuals = []
         for _ in range(count):
-            hr = hvp(r)
-            v, r = torch.add(v, r, alpha=self.step_size), torch.add(r, hr, alpha=-self.step_size)
-            sums.append((v, r))
-        return sums
+            r = torch.add(r, hvp(r), alpha=-self.step_size)
+            residuals.append(r)
+        return residuals
 
     def _failure(self, r: Tensor, r_next: Tensor, hvp: Hvp) -> Status:
         """Return why the residual grew from ``r`` to ``r_next = M r``, with ``M = I - a H``, for one hvp more.
