@@ -1,0 +1,1 @@
+"""Adapters to the search engines: one room per engine, none imports another."""
