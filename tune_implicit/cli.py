@@ -1,0 +1,159 @@
+"""The command line: strings -> objects, and exit codes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tune_implicit.errors import InvalidValueError, NoCompletedTrialError, TuneImplicitError
+
+if TYPE_CHECKING:
+    from tune_implicit.run import Progress
+
+__all__ = ["main"]
+
+# Exit codes: 0 done, 1 nothing to show for it, 2 used wrongly, 130 interrupted (128 + SIGINT).
+NOTHING_COMPLETED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tune_implicit")
+def main() -> None:
+    """Search settings with Ray Tune or Optuna, and learn ul values by hypergradients inside each trial."""
+
+
+@main.command()
+@click.argument("task", type=click.Path(path_type=Path))
+@click.option("--backend", type=click.Choice(["ray", "optuna"]), default="ray", show_default=True)
+@click.option("--trials", type=click.IntRange(min=1), default=50, show_default=True, help="Trials in all.")
+@click.option("--time-budget", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Start none later.")
+@click.option("--storage", metavar="URL", help="Database or journal of the study; by default a journal in the output.")
+@click.option("--output", type=click.Path(path_type=Path), help="[default: tune_implicit_results/TASK]")
+@click.option("--resume", is_flag=True, help="Go on with the search in the output.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the sampler and of every trial.")
+def run(
+    task: Path,
+    backend: str,
+    trials: int,
+    time_budget: float | None,
+    storage: str | None,
+    output: Path | None,
+    resume: bool,
+    seed: int | None,
+) -> None:
+    """Run the search that the file TASK defines.
+
+    TASK is a Python file with `problem(config)` or `problem(config, data)`, `space`, and optionally `data()` and the
+    dict `settings`.
+    """
+    folder = output or Path("tune_implicit_results") / task.stem
+    with _Told():
+        module = _load_task(task)
+        if backend == "ray":
+            from ray import cloudpickle
+
+            # By reference, a worker on another machine would look for the task file there.
+            cloudpickle.register_pickle_by_value(module)
+        from tune_implicit.run import search
+
+        result = search(
+            module.problem,
+            module.space,
+            data=module.data() if hasattr(module, "data") else None,
+            settings=getattr(module, "settings", None),
+            backend=backend,
+            n_trials=trials,
+            time_budget_s=time_budget,
+            storage=storage,
+            output=folder,
+            resume=resume,
+            seed=seed,
+            on_progress=_show,
+        )
+        _show(None)
+        best: Any = None
+        try:
+            best = result.best
+        except NoCompletedTrialError as error:
+            click.echo(str(error), err=True)
+    if best is not None:
+        config = " ".join(f"{key}={_short(value)}" for key, value in best.config.items())
+        click.echo(
+            f"{len(result.trials)} trials in {result.summary.seconds:.0f} s; best {result.summary.metric} "
+            f"{_short(best.value)} in trial {best.number} ({config}); see `tune-implicit report {folder}`"
+        )
+    if result.interrupted:
+        click.echo("Interrupted; what finished is kept. Go on with --resume.", err=True)
+        sys.exit(INTERRUPTED)
+    sys.exit(0 if best is not None else NOTHING_COMPLETED)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def report(directory: Path) -> None:
+    """Write report.html for the search in DIRECTORY, or for all searches in its subfolders."""
+    with _Told():
+        from tune_implicit.report import write_report
+
+        click.echo(str(write_report(directory)))
+
+
+class _Told:
+    """Tell the package's own errors and Ctrl-C in one line, and exit; what else is raised keeps its traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, TuneImplicitError):
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(USAGE)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def _load_task(path: Path) -> ModuleType:
+    """Return the task file as a module, with its ``problem`` and ``space``.
+
+    Raises
+    ------
+    InvalidValueError
+        If there is no such file, or it does not define both.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise InvalidValueError(f"`TASK` must be a Python file, got {str(path)!r}. It defines `problem` and `space`.")
+    module = importlib.util.module_from_spec(spec)
+    # Looked up by name while the file runs, e.g. by dataclasses.
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.absolute()))
+    spec.loader.exec_module(module)
+    missing = [name for name in ("problem", "space") if not hasattr(module, name)]
+    if missing:
+        raise InvalidValueError(
+            f"The task file {str(path)!r} must define {' and '.join(f'`{name}`' for name in missing)}: "
+            "`problem(config)` returns a BilevelProblem, `space` is a dict of Optuna distributions or a callable."
+        )
+    return module
+
+
+def _show(progress: "Progress | None") -> None:
+    """Write the progress over itself on a terminal, where ``None`` takes it away; as a line of its own elsewhere."""
+    terminal = sys.stderr.isatty()
+    if progress is None:
+        click.echo("\r\033[K" if terminal else "", err=True, nl=False)
+        return
+    best = "none yet" if progress.best is None else _short(progress.best)
+    left = "" if progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
+    text = f"{progress.finished}/{progress.n_trials} trials, best {best}, {progress.elapsed_s:.0f} s{left}"
+    click.echo(("\r\033[K" if terminal else "") + text, err=True, nl=not terminal)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
