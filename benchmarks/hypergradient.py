@@ -1,0 +1,265 @@
+"""What a hypergradient costs, against the shortest version one would write by hand.
+
+    python benchmarks/hypergradient.py [--output benchmarks/results/hypergradient.md] [--device cuda]
+
+By hand it is: one gradient of the ul loss, one gradient of the ll loss with ``create_graph=True``, k calls of
+``autograd.grad`` on lists of tensors, one mixed product; no checks, no certificate, nothing restored. ``Implicit`` does
+all that on top, and its Neumann series takes one hvp more, for the residual of the sum that it returns.
+
+*Time.* Rounds of A B, B A, A B, ... on one thread, the first two for warming up. A ratio is the median over
+rounds of the ratio within a round, so that a machine that slows down slows both. That both compute the same
+hypergradient is the table's last column.
+
+*Memory.* The peak of tensor memory during one call, above what was there before it. On a CPU it is read from the
+allocator's own running total, which ``torch.profiler`` records at each allocation and release; on a GPU it is
+``max_memory_allocated``. Work space that a library allocates for itself is not seen, and is the same for both.
+
+*Problems.* In float32: networks are trained in it, and what a call costs beside its products weighs most in it. The ul
+values are log-L2 penalties, so large that the Hessian is positive definite; the tolerance is 0, so that all k
+iterations are taken.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.nn.functional import cross_entropy, mse_loss
+
+from tune_implicit.hypergradient import Implicit
+from tune_implicit.problem import State
+
+K = 20
+WARM_UP_ROUNDS = 2
+SOLVERS = ("neumann", "cg")
+Gradients = list[Tensor]
+
+
+class LogL2(nn.Module):
+    """The penalty ``sum exp(l) w^2``, with an ``l`` per entry of the ll model or one per tensor of it."""
+
+    def __init__(self, ll_model: nn.Module, log_l2: float, per_tensor: bool = False) -> None:
+        super().__init__()
+        shapes = [() if per_tensor else w.shape for w in ll_model.parameters()]
+        self.log_l2 = nn.ParameterList(torch.full(shape, log_l2) for shape in shapes)
+
+    def forward(self, ll_model: nn.Module) -> Tensor:
+        """Return the penalty of ``ll_model``."""
+        return sum((log_l2.exp() * w**2).sum() for log_l2, w in zip(self.log_l2, ll_model.parameters(), strict=True))
+
+
+@dataclass
+class Problem:
+    """One ll model on random data, and the step size of its Neumann series."""
+
+    name: str
+    ll_model: nn.Module
+    ul_model: LogL2
+    loss: Callable[[Tensor, Tensor], Tensor]
+    train: tuple[Tensor, Tensor]
+    validate: tuple[Tensor, Tensor]
+    step_size: float
+    rounds: int
+
+    def ul_objective(self, state: State) -> Tensor:
+        """Return the loss on the validation batch."""
+        return self.loss(state.ll_model(state.data), state.target)
+
+    def ll_objective(self, state: State) -> Tensor:
+        """Return the penalised loss on the training batch."""
+        return self.loss(state.ll_model(state.data), state.target) + state.ul_model(state.ll_model)
+
+
+def ridge() -> Problem:
+    ll_model = nn.Linear(500, 1, bias=False)
+    truth = torch.randn(500, 1)
+    train, validate = ((x, x @ truth + torch.randn(len(x), 1)) for x in (torch.randn(2000, 500), torch.randn(500, 500)))
+    return Problem("ridge, n=2000, d=500", ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
+
+
+def mlp() -> Problem:
+    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    ll_model = nn.Sequential(*layers)
+    train, validate = (classes(128, 784), classes(128, 784))
+    return Problem("MLP", ll_model, LogL2(ll_model, -0.5), cross_entropy, train, validate, 0.1, 20)
+
+
+def cnn() -> Problem:
+    ll_model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(1568, 320), nn.ReLU(), nn.Linear(320, 10),
+    )  # fmt: skip
+    train, validate = (classes(64, 1, 28, 28), classes(64, 1, 28, 28))
+    ul_model = LogL2(ll_model, 0.6, per_tensor=True)
+    return Problem("CNN", ll_model, ul_model, cross_entropy, train, validate, 0.1, 20)
+
+
+def classes(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape), torch.randint(10, shape[:1])
+
+
+def packaged(problem: Problem, solver: str) -> Callable[[], Gradients]:
+    """Return ``Implicit.compute_gradients`` as a function without arguments."""
+    implicit = Implicit(
+        problem.ul_objective, problem.ul_model, problem.ll_objective, problem.ll_model, problem.step_size, K,
+        tolerance=0.0, solver=solver,
+    )  # fmt: skip
+    train_data, train_target = problem.train
+
+    def run() -> Gradients:
+        result = implicit.compute_gradients(*problem.validate, train_data=train_data, train_target=train_target)
+        if result.status.failed or result.solver_steps != K:
+            raise RuntimeError(f"{problem.name}, {solver}: {result.status} after {result.solver_steps} of {K} steps.")
+        problem.ul_model.zero_grad()
+        return list(result.gradients.values())
+
+    return run
+
+
+def by_hand(problem: Problem, solver: str) -> Callable[[], Gradients]:
+    """Return the same with nothing but autograd."""
+    w, log_l2 = list(problem.ll_model.parameters()), list(problem.ul_model.parameters())
+    solve = {"neumann": neumann_by_hand, "cg": cg_by_hand}[solver]
+
+    def run() -> Gradients:
+        b = grad(problem.ul_objective(State(*problem.validate, problem.ul_model, problem.ll_model)), w)
+        ll_loss = problem.ll_objective(State(*problem.train, problem.ul_model, problem.ll_model))
+        first = grad(ll_loss, w, create_graph=True)
+        v = solve(lambda p: grad(first, w, p, retain_graph=True), b, problem.step_size)
+        return [-mixed for mixed in grad(first, log_l2, v)]
+
+    return run
+
+
+def neumann_by_hand(hvp: Callable, b: Gradients, step_size: float) -> Gradients:
+    v, r = [step_size * x for x in b], b
+    for _ in range(K):
+        r = [x - step_size * y for x, y in zip(r, hvp(r), strict=True)]
+        v = [x + step_size * y for x, y in zip(v, r, strict=True)]
+    return v
+
+
+def cg_by_hand(hvp: Callable, b: Gradients, _: float) -> Gradients:
+    v, r, p = [torch.zeros_like(x) for x in b], b, b
+    rr = dot(r, r)
+    for _ in range(K):
+        hp = hvp(p)
+        alpha = rr / dot(p, hp)
+        v = [x + alpha * y for x, y in zip(v, p, strict=True)]
+        r = [x - alpha * y for x, y in zip(r, hp, strict=True)]
+        rr, rr_previous = dot(r, r), rr
+        p = [x + rr / rr_previous * y for x, y in zip(r, p, strict=True)]
+    return v
+
+
+def dot(a: Gradients, b: Gradients) -> Tensor:
+    return sum((x * y).sum() for x, y in zip(a, b, strict=True))
+
+
+def relative_difference(got: Gradients, expected: Gradients) -> float:
+    got, expected = (torch.cat([x.double().reshape(-1) for x in tensors]) for tensors in (got, expected))
+    return (torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def seconds(run: Callable, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable, device: str) -> int:
+    """Return the peak of tensor memory during ``run()``, above what is allocated before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
+    return max(change["args"]["Total Allocated"] for change in changes) - before
+
+
+def measure(problem: Problem, device: str) -> Iterator[str]:
+    """Yield one row of the table per solver."""
+    weights = sum(w.numel() for w in problem.ll_model.parameters())
+    values = sum(log_l2.numel() for log_l2 in problem.ul_model.parameters())
+    for solver in SOLVERS:
+        ours, hand = packaged(problem, solver), by_hand(problem, solver)
+        difference = relative_difference(ours(), hand())
+        times = []
+        for turn in range(WARM_UP_ROUNDS + problem.rounds):
+            pair = (ours, hand) if turn % 2 else (hand, ours)
+            taken = {run: seconds(run, device) for run in pair}
+            if turn >= WARM_UP_ROUNDS:
+                times.append((taken[ours], taken[hand]))
+        ours_s, hand_s = (statistics.median(column) for column in zip(*times, strict=True))
+        low, ratio, high = statistics.quantiles((a / b for a, b in times), n=4)
+        ours_peak, hand_peak = peak_bytes(ours, device), peak_bytes(hand, device)
+        yield (
+            f"| {problem.name} | {weights:,} | {values:,} | {solver} | {hand_s * 1e3:.1f} | {ours_s * 1e3:.1f} "
+            f"| **{ratio:.2f}** ({low:.2f} to {high:.2f}) | {hand_peak / 2**20:.2f} | {ours_peak / 2**20:.2f} "
+            f"| **{ours_peak / hand_peak:.2f}** | {difference:.0e} |"
+        )
+
+
+def processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler prints its stages
+    torch.set_num_threads(1)
+
+    lines = [
+        f"# One hypergradient, k = {K}: `Implicit` against the shortest hand-written version",
+        "",
+        f"torch {torch.__version__}, Python {platform.python_version()}, one thread, {processor(arguments.device)}.",
+        "Ratios are ours over hand-written: of time, the median over interleaved rounds (and its quartiles).",
+        "",
+        "| problem | ll parameters | ul values | solver | by hand, ms | ours, ms | time ratio "
+        "| by hand, MiB | ours, MiB | memory ratio | relative difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for build in (ridge, mlp, cnn):
+        torch.manual_seed(0)
+        with torch.device(arguments.device):  # for the building alone: in it, each torch call costs more
+            problem = build()
+        for row in measure(problem, arguments.device):
+            print(row, flush=True)
+            lines.append(row)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

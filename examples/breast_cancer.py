@@ -1,0 +1,49 @@
+"""The problem of ``optuna_study.py`` and ``ray_tuner.py``: an L2 penalty per feature of a logistic regression."""
+
+from typing import Any
+
+import torch
+from sklearn.datasets import load_breast_cancer
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from tune_implicit import BilevelProblem, State
+
+
+class Penalties(nn.Module):
+    """The logarithms of the penalties, so that any step leaves them positive."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.log_l2 = nn.Parameter(torch.full((n,), -5.0))
+
+
+def ul_objective(state: State) -> Tensor:
+    return binary_cross_entropy_with_logits(state.ll_model(state.data).squeeze(1), state.target)
+
+
+def ll_objective(state: State) -> Tensor:
+    return ul_objective(state) + (state.ul_model.log_l2.exp() * state.ll_model.weight.square()).sum()
+
+
+def accuracy(state: State) -> Tensor:
+    return ((state.ll_model(state.data).squeeze(1) > 0) == state.target.bool()).float().mean()
+
+
+def problem(config: dict[str, Any]) -> BilevelProblem:
+    """Return the problem of one trial; it has no settings of its own, so that ``config`` holds only reserved ones."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    y = torch.tensor(y, dtype=torch.float32)
+    # Few rows to train on, so that the penalties matter.
+    train, validate, select = ((x[rows], y[rows]) for rows in (slice(0, 80), slice(80, 320), slice(320, None)))
+    return BilevelProblem(
+        ul_model=Penalties(x.shape[1]),
+        ll_model=nn.Linear(x.shape[1], 1),
+        ul_objective=ul_objective,
+        ll_objective=ll_objective,
+        train_data=[train],
+        validate_data=[validate],
+        select_data=[select],
+        metrics={"accuracy": accuracy},
+    )
