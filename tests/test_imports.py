@@ -36,6 +36,7 @@ ROOMS = [
     "adapters.ray_tune.searcher",
     "adapters.ray_tune.trainable",
     "adapters.ray_tune.tuner",
+    "ledger",
     "run",
     "report",
     "cli",

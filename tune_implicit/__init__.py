@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from tune_implicit.adapters.optuna_study import ImplicitObjective
     from tune_implicit.adapters.ray_tune.searcher import ImplicitOptunaSearch
     from tune_implicit.adapters.ray_tune.trainable import ImplicitTrainable
+    from tune_implicit.ledger import Progress
     from tune_implicit.report import write_report
     from tune_implicit.results import SearchResult, TrialResult, load_search
-    from tune_implicit.run import Progress, search
+    from tune_implicit.run import search
 
 __all__ = [
     "BilevelProblem",
@@ -64,7 +65,7 @@ _LAZY = {
     "ImplicitObjective": "tune_implicit.adapters.optuna_study",
     "ImplicitOptunaSearch": "tune_implicit.adapters.ray_tune.searcher",
     "ImplicitTrainable": "tune_implicit.adapters.ray_tune.trainable",
-    "Progress": "tune_implicit.run",
+    "Progress": "tune_implicit.ledger",
     "SearchResult": "tune_implicit.results",
     "TrialResult": "tune_implicit.results",
     "load_search": "tune_implicit.results",

@@ -11,7 +11,7 @@ import click
 from tune_implicit.errors import InvalidValueError, NoCompletedTrialError, TuneImplicitError
 
 if TYPE_CHECKING:
-    from tune_implicit.run import Progress
+    from tune_implicit.ledger import Progress
 
 __all__ = ["main"]
 

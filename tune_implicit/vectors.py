@@ -21,7 +21,9 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the ``(n,)`` tensor ``vector`` cut into the shapes and dtypes of ``like``, as views where dtypes agree."""
     # The short ways count where the vectors are short: `split` alone takes four times as long.
-    pieces = (vector,) if len(like) == 1 else vector.split_with_sizes([tensor.numel() for tensor in like])
+    if len(like) == 1 and like[0].dtype is vector.dtype:
+        return (vector.view(like[0].shape),)
+    pieces = vector.split_with_sizes([tensor.numel() for tensor in like])
     shaped = (piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True))
     if all(tensor.dtype is vector.dtype for tensor in like):
         return tuple(shaped)
