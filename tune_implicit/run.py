@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.ledger import ARTIFACTS, RAY_FOLDER, Ledger, Progress, end_running, open_study, queue_interrupted
-from tune_implicit.results import SearchResult, Summary
+from tune_implicit.results import SearchResult
 from tune_implicit.study import Space, check_space, direction_of
 from tune_implicit.trial import ProblemFactory
 
@@ -120,46 +120,28 @@ def search(
         study.sampler = sampler or TPESampler(seed=None if seed is None else seed + len(study.trials))
         study.pruner = pruner or optuna.pruners.NopPruner()
         ledger = Ledger(study, folder, settings, n_trials, time_budget_s, on_progress)
+        engine: Callable[..., None] = _run_on_optuna
         if backend == "ray":
-            run = partial(
+            engine = partial(
                 _run_on_ray,
+                mode=mode,
+                scheduler=scheduler,
                 max_concurrent_trials=max_concurrent_trials,
                 cpus_per_trial=cpus_per_trial,
                 gpus_per_trial=gpus_per_trial,
-                scheduler=scheduler,
-                mode=mode,
-                output=folder / RAY_FOLDER,
             )
-        else:
-            (folder / ARTIFACTS).mkdir(exist_ok=True)
-            run = partial(_run_on_optuna, artifact_store=FileSystemArtifactStore(folder / ARTIFACTS))
+        # A search that is killed leaves this one, and a report can be made of it.
+        SearchResult.write(folder, ledger.summary(backend, metric, mode))
+        run = partial(engine, study, problem, space, folder, data=data, settings=settings, metric=metric)
         try:
             if ledger.missing:
-                run(
-                    study,
-                    problem,
-                    space,
-                    data=data,
-                    settings=settings,
-                    metric=metric,
-                    time_budget_s=time_budget_s,
-                    n_trials=ledger.missing,
-                    on_trial_end=ledger.update,
-                )
+                run(n_trials=ledger.missing, time_budget_s=time_budget_s, on_trial_end=ledger.update)
         except KeyboardInterrupt:
             pass
         finally:
             end_running(study)
             ledger.update()
-    summary = Summary(
-        backend=backend,
-        metric=metric,
-        mode=mode,
-        n_trials=n_trials,
-        seconds=ledger.elapsed_s,
-        interrupted=ledger.missing > 0 and (time_budget_s is None or ledger.elapsed_s < time_budget_s),
-    )
-    return SearchResult.write(folder, summary)
+    return SearchResult.write(folder, ledger.summary(backend, metric, mode))
 
 
 def _check(
@@ -185,6 +167,7 @@ def _run_on_ray(
     study: optuna.Study,
     problem: ProblemFactory,
     space: Space,
+    folder: Path,
     *,
     metric: str,
     mode: str,
@@ -195,13 +178,14 @@ def _run_on_ray(
     searcher = PatientSearch(
         space, metric, mode, storage=study._storage, study_name=study.study_name, sampler=study.sampler
     )
-    run_tuner(problem, searcher, **arguments)
+    run_tuner(problem, searcher, output=folder / RAY_FOLDER, **arguments)
 
 
 def _run_on_optuna(
     study: optuna.Study,
     problem: ProblemFactory,
     space: Space,
+    folder: Path,
     *,
     n_trials: int,
     time_budget_s: float | None,
@@ -210,8 +194,10 @@ def _run_on_optuna(
 ) -> None:
     from tune_implicit.adapters.optuna_study import ImplicitObjective
 
+    (folder / ARTIFACTS).mkdir(exist_ok=True)
+    store = FileSystemArtifactStore(folder / ARTIFACTS)
     study.optimize(
-        ImplicitObjective(problem, space, **arguments),
+        ImplicitObjective(problem, space, artifact_store=store, **arguments),
         n_trials=n_trials,
         timeout=time_budget_s,
         callbacks=[lambda _study, _trial: on_trial_end()],
