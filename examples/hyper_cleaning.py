@@ -122,6 +122,7 @@ def run(name: str, arguments: argparse.Namespace, arrays: dict[str, Any], **chan
         backend=arguments.backend,
         n_trials=arguments.trials,
         output=arguments.output / name.replace(" ", "_"),
+        resume=True,  # a second run shows what the first found
         seed=0,
         on_progress=show,
     )

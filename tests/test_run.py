@@ -360,3 +360,9 @@ def test_the_file_of_a_finished_trial_is_valid_json(output: Path) -> None:
     run(output, 2)
     rows = [json.loads(line) for line in (output / "trials.jsonl").read_text().splitlines() if line]
     assert [row["number"] for row in rows] == [0, 1]
+
+
+def test_seconds_add_up_over_calls(tmp_path: Path) -> None:
+    first = run(output=tmp_path / "found", n_trials=1)
+    second = run(output=tmp_path / "found", n_trials=1, resume=True)
+    assert second.summary.seconds > first.summary.seconds

@@ -59,7 +59,7 @@ def test_what_is_no_space_is_told() -> None:
         check_space([1])  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match="must name at least one setting"):
         check_space({})
-    with pytest.raises(InvalidTypeError, match="For one value that does not vary"):
+    with pytest.raises(InvalidTypeError, match="what does not vary belongs in `settings`"):
         check_space({"k": 5})  # type: ignore[dict-item]
     with pytest.raises(InvalidTypeError, match=r"must return the config as a dict, or None .* got 5"):
         suggest(ask(), lambda trial: 5)  # type: ignore[arg-type, return-value]

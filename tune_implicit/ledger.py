@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.results import Summary, append_trials, read_trials
+from tune_implicit.results import Summary, append_trials, earlier_seconds, read_trials
 from tune_implicit.study import (
     CHECKPOINT_ATTR,
     CONFIG_ATTR,
@@ -187,6 +187,7 @@ class Ledger:
         self._time_budget_s = time_budget_s
         self._on_progress = on_progress
         self._start = time.monotonic()
+        self._earlier_s = earlier_seconds(folder)
         self._written = {trial.number for trial in read_trials(folder)}
         self._before = len(self._finished())
 
@@ -215,7 +216,8 @@ class Ledger:
     def summary(self, backend: str, metric: str, mode: str) -> Summary:
         """Return the search in a few words, as it stands."""
         in_time = self._time_budget_s is None or self.elapsed_s < self._time_budget_s
-        return Summary(backend, metric, mode, self._n_trials, self.elapsed_s, interrupted=in_time and self.missing > 0)
+        seconds = self._earlier_s + self.elapsed_s
+        return Summary(backend, metric, mode, self._n_trials, seconds, interrupted=in_time and self.missing > 0)
 
     def _progress(self, finished: list[FrozenTrial]) -> Progress:
         values = [trial.value for trial in finished if trial.state is TrialState.COMPLETE and trial.value is not None]

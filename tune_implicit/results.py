@@ -18,6 +18,7 @@ __all__ = [
     "Summary",
     "TrialResult",
     "append_trials",
+    "earlier_seconds",
     "load_search",
     "number_or_text",
     "read_trials",
@@ -98,7 +99,7 @@ class Summary:
     n_trials : int
         Trials asked for.
     seconds : float
-        Its last call took.
+        It took, in all its calls.
     interrupted : bool
         Whether it ended before ``n_trials`` trials and before its time budget.
     notes : dict
@@ -183,6 +184,14 @@ def load_search(output: str | Path) -> SearchResult:
     except (OSError, ValueError, TypeError) as error:
         raise InvalidValueError(f"`output` {str(folder)!r} holds no finished search: {error}") from error
     return SearchResult(folder, summary, read_trials(folder))
+
+
+def earlier_seconds(folder: Path) -> float:
+    """Return how long the calls took that the folder's search has had so far."""
+    try:
+        return load_search(folder).summary.seconds
+    except InvalidValueError:
+        return 0.0
 
 
 def append_trials(folder: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -74,7 +74,7 @@ def check_space(space: Space) -> None:
         if not isinstance(distribution, FloatDistribution | IntDistribution | CategoricalDistribution):
             raise InvalidTypeError(
                 f"`space`[{key!r}] must be an Optuna distribution, got {distribution!r}. "
-                "For one value that does not vary, use it in your problem's factory, or a define-by-run space."
+                "Of a few values make a CategoricalDistribution([...]); what does not vary belongs in `settings`."
             )
 
 
