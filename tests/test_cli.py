@@ -159,7 +159,7 @@ def problem(config):
         ("space = {'k': 5}", "`space`['k'] must be an Optuna distribution, got 5"),
         ("space = {'k': CategoricalDistribution([-1])}", "`k` must be 0 or more, got -1"),
         ("settings = {'k': -1}; space = {'rtol': FloatDistribution(0, 1)}", "`k` must be 0 or more, got -1"),
-        ("settings = {'solver': 'newton'}", "`solver` must be one of cg, neumann, dense"),
+        ("settings = {'solver': 'newton'}", "`solver` must be one of cg, minres, neumann, dense"),
         ("space = {'ul_stepz': IntDistribution(1, 2)}", "'ul_stepz' (did you mean 'ul_steps'?)"),
         ("settings = {'widht': 5}", "No one reads the config's 'widht'"),
         (VECTOR.format("ul_objective"), "`ul_objective`"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tune_implicit.settings import SOLVERS, ImplicitSettings, TrackedConfig, make_solver
-from tune_implicit.solvers import ConjugateGradient, DenseSolve, NeumannSeries
+from tune_implicit.solvers import ConjugateGradient, Damped, DenseSolve, Minres, NeumannSeries
 
 # ---- the settings
 
@@ -26,13 +26,16 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
     )
     assert [settings.k, settings.ll_steps, settings.seed, settings.rtol, settings.tolerance] == [3, 5, 7, 0.5, 0.0]
     for field in dataclasses.fields(settings):
-        assert type(getattr(settings, field.name)) is field.type
+        value = getattr(settings, field.name)
+        assert type(value) is field.type or field.name == "step_size"
+    assert type(ImplicitSettings(step_size=np.float32(0.5)).step_size) is float
+    assert type(ImplicitSettings(verify=np.bool_(True)).verify) is bool
 
 
 @pytest.mark.parametrize(
     ("name", "values", "rule"),
     [
-        ("solver", ["CG", ""], "one of cg, neumann, dense"),
+        ("solver", ["CG", ""], "one of cg, minres, neumann, dense"),
         ("k", [-1], "0 or more"),
         ("tolerance", [-1e-9, math.nan], "0 or more"),
         ("rtol", [-1e-9, math.nan], "0 or more"),
@@ -42,7 +45,7 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
         ("ul_steps", [0, -1], "1 or more"),
         ("warmup_ll_steps", [-1], "0 or more"),
         ("ul_steps_per_report", [0], "1 or more"),
-        ("on_failure", ["ignore"], "one of skip, raise"),
+        ("on_failure", ["ignore"], "one of skip, raise, fallback, stop"),
         ("seed", [-1], "0 or more"),
     ],
 )
@@ -75,14 +78,22 @@ def test_several_mistakes_are_told_in_one_error() -> None:
 
 
 def test_make_solver() -> None:
-    settings = ImplicitSettings(k=3, tolerance=1e-3, rtol=1e-2, ll_learning_rate=0.5)
-    expected = [ConjugateGradient(3, 1e-3, 1e-2), NeumannSeries(0.5, 3, 1e-3, 1e-2), DenseSolve()]
-    assert [dataclasses.replace(settings, solver=name).make_solver() for name in SOLVERS] == expected
+    stopping = (3, 1e-3, 1e-2)
+    expected = [ConjugateGradient(*stopping), Minres(*stopping), NeumannSeries(0.5, *stopping), DenseSolve()]
+    assert [make_solver(name, 0.5, *stopping) for name in SOLVERS] == expected
     assert make_solver(expected[0], 1.0, 1, 0.0, 0.0) is expected[0]
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_fallback_goes_from_the_solver_to_the_identity(name: str) -> None:
+    chain = make_solver(name, 0.5, 3, 1e-3, 1e-2, fallback=True).solvers
+    assert list(chain) == [name, *(other for other in ("minres", "damped", "identity") if other != name)]
+    assert chain["damped"] == Damped(ConjugateGradient(3, 1e-3, 1e-2))
+    assert chain["identity"] == NeumannSeries(0.5, 0)
+
+
 def test_messages_of_make_solver() -> None:
-    with pytest.raises(ValueError, match="`solver` must be one of cg, neumann, dense, or an object, got 'gmres'"):
+    with pytest.raises(ValueError, match="must be one of cg, minres, neumann, dense, or an object, got 'gmres'"):
         make_solver("gmres", 1.0, 1, 0.0, 0.0)
     with pytest.raises(TypeError, match=r"an object with `solve\(hvp, b, v0=None\)`, got 3"):
         make_solver(3, 1.0, 1, 0.0, 0.0)

@@ -50,7 +50,8 @@ CONFIG = {"ul_steps": 5, "ul_steps_per_report": 2, "k": 2}
 def test_record_has_the_documented_names_and_flat_finite_values():
     trial = Trial(lambda config: linear_problem(config, {"metrics": {"mae": lambda s: 0.5}}), CONFIG)
     record = finish(trial)
-    assert set(record) == RESERVED_METRICS - {"failure"} | {"mae"}
+    # The series measures no curvature, and no noise was asked for.
+    assert set(record) == RESERVED_METRICS - {"failure", "lambda_min", "lambda_max", "noise_norm"} | {"mae"}
     assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
     assert json.loads(json.dumps(trial.history)) == trial.history
     assert [entry["ul_step"] for entry in trial.history] == [2, 4, 5]

@@ -20,7 +20,7 @@ from torch.utils.data import (
 from tune_implicit.errors import CheckpointError, InvalidTypeError, InvalidValueError
 from tune_implicit.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
 
-__all__ = ["Batch", "BatchStream", "batches_of", "check_split", "move", "tensors_of"]
+__all__ = ["Batch", "BatchStream", "batches_of", "check_split", "halves", "move", "tensors_of"]
 
 Batch = tuple[Any, Any]
 
@@ -42,6 +42,29 @@ def tensors_of(nested: Any) -> list[Tensor]:
 def move(nested: Any, device: torch.device) -> Any:
     """Return ``nested`` with its tensors on ``device``; what is there already is not copied."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), nested)
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Return a batch in two halves: each tensor as long as the batch is cut in the middle, others are in both.
+
+    Raises
+    ------
+    InvalidValueError
+        If the batch has fewer than two examples, or holds no tensor that tells how many.
+    """
+    sizes = [len(tensor) for tensor in tensors_of(batch) if tensor.ndim]
+    size = sizes[0] if sizes else 0
+    if size < 2:
+        raise InvalidValueError(
+            f'`stop="noise"` halves the validation batch, which must hold 2 or more examples, got {size}. '
+            'Use larger batches, or `stop="tolerance"`.'
+        )
+
+    def cut(part: slice) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: t[part] if t.ndim and len(t) == size else t, batch)
+
+    middle = size // 2
+    return cut(slice(middle)), cut(slice(middle, None))
 
 
 def check_split(name: str, data: Any) -> None:

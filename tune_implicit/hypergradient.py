@@ -3,21 +3,21 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from tune_implicit.batches import tensors_of
+from tune_implicit.batches import halves, tensors_of
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
+from tune_implicit.inverse_hvp import InverseHvp
 from tune_implicit.problem import Objective, State, check_callable, check_models, named_trainable
 from tune_implicit.products import SecondOrder, check_twice_differentiable, twice_differentiable_kernels
 from tune_implicit.rng import preserved_rng
-from tune_implicit.settings import make_solver
-from tune_implicit.solvers import Solution, Solver, Status
-from tune_implicit.solvers.base import check_number
+from tune_implicit.settings import STOPS
+from tune_implicit.solvers import Attempt, Solution, Solver, Status
 from tune_implicit.vectors import flatten, norm_of
 
 __all__ = ["Hypergradient", "Implicit", "scalar_loss"]
@@ -34,9 +34,21 @@ class Hypergradient:
     status : Status
         How the solve of ``H v = dF/dw`` ended; ``NON_FINITE`` also where a loss or the gradient itself is not finite.
     residual_norm, relative_residual : float
-        ``||dF/dw - H v||``, and the same over ``||dF/dw||``: 0 is exact, 1 no better than no implicit term.
+        ``||dF/dw - H v||``, and the same over ``||dF/dw||``: 0 is exact, 1 no better than no implicit term. For a
+        truncated Neumann series it is a bound, unless ``verify`` is on.
     solver_steps, hvps : int
-        Iterations of the solver, and the Hessian-vector products they took.
+        Iterations of the solver, and the Hessian-vector products taken in all.
+    lambda_min, lambda_max : float
+        The smallest and the largest curvature that the solve met, between the extreme eigenvalues of ``H``; NaN where
+        it measured none.
+    damping : float
+        What was added to the diagonal of ``H``. All that is said of the solve is then said of that matrix.
+    noise_norm : float
+        With ``stop="noise"``, the standard error of ``dF/dw`` on the validation batch, as a norm; else NaN.
+    attempts : tuple of Attempt
+        Of a solver with a fallback: each solver tried, and how it ended.
+    v : Tensor, shape (n,)
+        The inverse-HVP, over the ll parameters in their order.
     stationarity : float
         ``||df/dw||`` on the batch; the hypergradient's formula assumes 0.
     norm : float
@@ -51,10 +63,37 @@ class Hypergradient:
     relative_residual: float
     solver_steps: int
     hvps: int
+    lambda_min: float
+    lambda_max: float
+    damping: float
+    noise_norm: float
+    attempts: tuple[Attempt, ...]
+    v: Tensor
     stationarity: float
     norm: float
     ul_loss: float
     ll_loss: float
+
+    @property
+    def reason(self) -> str:
+        """Why the solve failed and what to do about it, in a sentence or two; empty where it did not."""
+        match self.status:
+            case Status.DIVERGED:
+                return (
+                    f"The largest eigenvalue of the Hessian is at least {self.lambda_max:.3g}, so that the step size "
+                    f"must be below {2 / self.lambda_max:.3g}. "
+                    'Take a smaller `ll_learning_rate`, `step_size="auto"`, or `solver="cg"`.'
+                )
+            case Status.NEGATIVE_CURVATURE:
+                return (
+                    "The Hessian has a direction of negative or no curvature: the ll model is not at a minimum, or has "
+                    'a flat direction. Train it longer, add `damping`, or take `solver="minres"`.'
+                )
+            case Status.NON_FINITE:
+                return f"A loss or a derivative is not finite: ul loss {self.ul_loss:g}, ll loss {self.ll_loss:g}."
+            case Status.UNVERIFIED:
+                return "The residual computed anew is larger than the one that the solver reported."
+        return ""
 
 
 class Implicit:
@@ -73,17 +112,35 @@ class Implicit:
     ll_objective : callable(State) -> Tensor
         ``f``, the scalar ll loss, twice differentiable; the state holds the training batch.
     ll_model : Module
-        Its parameters with ``requires_grad`` are ``w``. The others, at both levels, are constants.
+        Its parameters with ``requires_grad`` are ``w``. The others, at both levels, are constants. Of a compiled model
+        the original is differentiated.
     ll_learning_rate : float
         Step size of the Neumann series; it must be below ``2 / lambda_max(H)``. Other solvers do not use it.
     k : int
         Most iterations of the solver.
     tolerance : float, default 1e-10
         The solver stops once the residual's norm is below it.
-    solver : {"neumann", "cg", "dense"} or Solver, default "neumann"
+    solver : {"neumann", "cg", "minres", "dense"} or Solver, default "neumann"
         A solver object brings its own step size, k and tolerances, and those given here are not used.
     rtol : float, default 0
         The solver stops once the residual's norm is below ``rtol * ||dF/dw||``.
+    step_size : float or "auto", optional
+        Of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` estimates the largest that converges, for 10
+        hvps in the first call and one in each after it.
+    damping : float, default 0
+        Added to the diagonal of ``H``, which moves the answer and makes an indefinite ``H`` definite.
+    stop : {"tolerance", "noise"}, default "tolerance"
+        With ``"noise"`` the solver also stops once its residual is below the standard error of ``dF/dw``, which the two
+        halves of the validation batch tell, for one gradient more: the hypergradient is then as exact as the batch.
+        That the training batch is a sample too is not counted, so that it errs on the side of solving too far.
+    warm_start : bool, default False
+        Start each solve along the last answer, for one hvp more than from zero. :meth:`state_dict` holds it.
+    preconditioner_memory : int, default 0
+        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next.
+    fallback : bool, default False
+        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
+    verify : bool, default False
+        Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
 
     Raises
     ------
@@ -118,19 +175,42 @@ class Implicit:
         *,
         solver: str | Solver = "neumann",
         rtol: float = 0.0,
+        step_size: float | str | None = None,
+        damping: float = 0.0,
+        stop: str = "tolerance",
+        warm_start: bool = False,
+        preconditioner_memory: int = 0,
+        fallback: bool = False,
+        verify: bool = False,
     ) -> None:
         check_callable("ul_objective", ul_objective)
         check_callable("ll_objective", ll_objective)
         check_models(ul_model, ll_model)
         check_twice_differentiable("ll_model", ll_model)
-        check_number("ll_learning_rate", ll_learning_rate)
-        if not (ll_learning_rate > 0 and math.isfinite(ll_learning_rate)):
-            raise InvalidValueError(f"`ll_learning_rate` must be positive and finite, got {ll_learning_rate}.")
+        if stop not in STOPS:
+            raise InvalidValueError(f"`stop` must be one of {', '.join(STOPS)}, got {stop!r}.")
+        if stop == "noise" and not isinstance(solver, str):
+            raise InvalidValueError(
+                f'`stop="noise"` sets the tolerance of a solver given by its name, got {solver!r}, which has its own.'
+            )
         self.ul_objective = ul_objective
         self.ul_model = ul_model
         self.ll_objective = ll_objective
         self.ll_model = ll_model
-        self.solver = make_solver(solver, ll_learning_rate, k, tolerance, rtol)
+        self._stop = stop
+        self._inverse_hvp = InverseHvp(
+            solver,
+            ll_learning_rate,
+            k,
+            tolerance,
+            rtol=rtol,
+            step_size=step_size,
+            damping=damping,
+            warm_start=warm_start,
+            preconditioner_memory=preconditioner_memory,
+            fallback=fallback,
+            verify=verify,
+        )
 
     def compute_gradients(
         self,
@@ -180,6 +260,8 @@ class Implicit:
             ul_loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
             first = grad(ul_loss, [*ll_params, *ul_params.values()], allow_unused=True)
             b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
+            if b.dtype in (torch.bfloat16, torch.float16):  # of which no solve would keep a digit
+                b = b.float()
             direct = first[len(ll_params) :]
             del first  # `b` holds a copy
 
@@ -187,16 +269,34 @@ class Implicit:
             with twice_differentiable_kernels(ll_model):
                 ll_loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
             second = SecondOrder(ll_loss, ll_params)
-            solution = self.solver.solve(second.hvp, b)
+            noise = self._noise(ul_state, ll_params) if self._stop == "noise" else math.nan
+            solution = self._inverse_hvp.solve(second.hvp, b, 0.0 if math.isnan(noise) else noise)
             mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
         terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
         _check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
         gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
-        result = _certified(gradients, solution, second, b, ul_loss, ll_loss)
+        result = _certified(gradients, solution, second, b, noise, ul_loss, ll_loss)
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
         return result
+
+    def _noise(self, state: State, ll_params: list[nn.Parameter]) -> float:
+        """Return the norm of the standard error of ``dF/dw``: half the difference between two half-batches."""
+        gradients = []
+        with preserved_rng():
+            for half in halves((state.data, state.target)):
+                loss = scalar_loss("ul_objective", self.ul_objective(replace(state, data=half[0], target=half[1])))
+                gradients.append(grad(loss, ll_params, allow_unused=True, materialize_grads=True))
+        return norm_of([(one - other) / 2 for one, other in zip(*gradients, strict=True)]).item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next call would start from: tensors, or ``None``, that load with ``weights_only=True``."""
+        return self._inverse_hvp.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; what does not fit the ll model is not used."""
+        self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
 
 
 def scalar_loss(name: str, loss: object) -> Tensor:
@@ -226,7 +326,13 @@ def scalar_loss(name: str, loss: object) -> Tensor:
 
 
 def _certified(
-    gradients: dict[str, Tensor], solution: Solution, second: SecondOrder, b: Tensor, ul_loss: Tensor, ll_loss: Tensor
+    gradients: dict[str, Tensor],
+    solution: Solution,
+    second: SecondOrder,
+    b: Tensor,
+    noise: float,
+    ul_loss: Tensor,
+    ll_loss: Tensor,
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
     norms = [norm_of([b]), second.stationarity, norm_of(list(gradients.values()))]
@@ -242,6 +348,12 @@ def _certified(
         relative_residual=solution.residual_norm / b_norm if b_norm else 0.0,
         solver_steps=solution.steps,
         hvps=second.hvps,
+        lambda_min=solution.lambda_min,
+        lambda_max=solution.lambda_max,
+        damping=solution.damping,
+        noise_norm=noise,
+        attempts=solution.attempts,
+        v=solution.v,
         stationarity=stationarity,
         norm=math.nan if status.failed else norm,
         ul_loss=ul_value,

@@ -1,12 +1,13 @@
 """Products with the second derivatives of the ll loss at one point: the only module that differentiates twice."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda, cudnn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
@@ -47,13 +48,40 @@ def _is_weight_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Compute with the kernels that torch can differentiate twice: unfused attention, and RNNs without cuDNN.
+    """Compute with what torch can differentiate twice: unfused attention, RNNs without cuDNN, no compiled code.
 
-    Only the forward pass that builds the graph needs it; its backward passes stay with the kernels it chose.
+    Autocast that is on around the caller is off inside: a solve in float16 gives NaN. Only the forward pass that builds
+    the graph needs all this; its backward passes stay with the kernels it chose.
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+    device_type = next(model.parameters()).device.type
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_math_attention())
         yield
+
+
+@contextmanager
+def _math_attention() -> Iterator[None]:
+    """Compute attention without fused kernels, as ``sdpa_kernel(SDPBackend.MATH)`` does in ten times the time."""
+    enable = (cuda.enable_math_sdp, cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_cudnn_sdp)
+    before = (
+        cuda.math_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+    for switch, on in zip(enable, (True, False, False, False), strict=True):
+        switch(on)
+    try:
+        yield
+    finally:
+        for switch, on in zip(enable, before, strict=True):
+            switch(on)
 
 
 class SecondOrder:
@@ -87,12 +115,12 @@ class SecondOrder:
         self.hvps = 0
 
     def hvp(self, v: Tensor) -> Tensor:
-        """Return ``H v`` of shape (n,), with ``H = d2f / dw2``, for ``v`` of shape (n,)."""
+        """Return ``H v`` of shape (n,), with ``H = d2f / dw2``, for ``v`` of shape (n,), in the dtype of ``v``."""
         self.hvps += 1
         products = self._vjp(v, self._ll_params, retain_graph=True)
         return flatten(
             [torch.zeros_like(w) if hv is None else hv for hv, w in zip(products, self._ll_params, strict=True)]
-        )
+        ).to(v.dtype)
 
     def mixed_vjp(self, v: Tensor, ul_params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return ``(d2f / dl dw) v`` for each tensor of ``l``, ``None`` where ``df/dw`` does not depend on it.

@@ -20,7 +20,7 @@ __all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class BilevelTrainer:
         Steps taken; ``ul_step`` counts skipped ones as well.
     skipped_ul_steps : int
         ul steps not taken because their solve failed.
+    fallback_ul_steps : int
+        ul steps whose first solver failed, and another answered.
     hvps : int
         Hessian-vector products so far.
     gradient_evaluations : int
@@ -70,8 +72,10 @@ class BilevelTrainer:
         self.ul_step = 0
         self.ll_step = 0
         self.skipped_ul_steps = 0
+        self.fallback_ul_steps = 0
         self.hvps = 0
         self.gradient_evaluations = 0
+        self._failures_in_a_row = 0
         self._ll_params = list(named_trainable(problem.ll_model).values())
         self._ul_params = list(named_trainable(problem.ul_model).values())
         self._device = self._ll_params[0].device
@@ -88,7 +92,17 @@ class BilevelTrainer:
             problem.ll_model,
             settings.ll_learning_rate,
             settings.k,
-            solver=settings.make_solver(),
+            settings.tolerance,
+            solver=settings.solver,
+            rtol=settings.rtol,
+            step_size=settings.step_size,
+            damping=settings.damping,
+            stop=settings.stop,
+            warm_start=settings.warm_start,
+            # A search picks solvers: what is for one of them does not bother the others.
+            preconditioner_memory=settings.preconditioner_memory if settings.solver == "cg" else 0,
+            fallback=settings.on_failure == "fallback",
+            verify=settings.verify,
         )
 
     def step(self) -> Step:
@@ -103,7 +117,8 @@ class BilevelTrainer:
         DivergedError
             If the ll loss is no longer finite.
         SolveError
-            If the hypergradient's solve failed and ``on_failure`` is ``"raise"``.
+            If the hypergradient's solve failed and ``on_failure`` is ``"raise"``, or ``"stop"`` and it was one of too
+            many in a row.
         """
         warmup = self.settings.warmup_ll_steps if self.ul_step == 0 else 0
         train_loss = self._train_ll(warmup + self.settings.ll_steps)
@@ -151,10 +166,13 @@ class BilevelTrainer:
             validate_data, validate_target, train_data=train_data, train_target=train_target
         )
         self.hvps += hypergradient.hvps
-        self.gradient_evaluations += 4 + 2 * hypergradient.hvps
+        # Both halves of the batch cost one gradient more.
+        self.gradient_evaluations += 4 + 2 * hypergradient.hvps + (self.settings.stop == "noise")
         if hypergradient.status.failed:
             self._failed(hypergradient)
         else:
+            self._failures_in_a_row = 0
+            self.fallback_ul_steps += len(hypergradient.attempts) > 1
             self._ul_optimizer.step()
             if self.problem.project is not None:
                 with torch.no_grad():
@@ -162,13 +180,19 @@ class BilevelTrainer:
         return hypergradient
 
     def _failed(self, hypergradient: Hypergradient) -> None:
+        self.skipped_ul_steps += 1
+        self._failures_in_a_row += 1
+        tried = ", ".join(f"{attempt.solver} {attempt.status.value}" for attempt in hypergradient.attempts)
         message = (
             f"The solve at ul step {self.ul_step + 1} ended as {hypergradient.status.value} after "
-            f"{hypergradient.solver_steps} steps, at relative residual {hypergradient.relative_residual:.2g}."
+            f"{hypergradient.solver_steps} steps, at relative residual {hypergradient.relative_residual:.2g}. "
+            f"{hypergradient.reason}" + (f" Tried: {tried}." if tried else "")
         )
-        if self.settings.on_failure == "raise":
+        policy, limit = self.settings.on_failure, self.settings.failures_to_stop
+        if policy == "raise":
             raise SolveError(message)
-        self.skipped_ul_steps += 1
+        if policy == "stop" and self._failures_in_a_row >= limit:
+            raise SolveError(f"{message} It was failed solve {limit} in a row.")
         logger.debug("%s The ul step is skipped.", message)
 
     def _next(self, stream: BatchStream) -> Batch:
@@ -187,8 +211,9 @@ class BilevelTrainer:
         Returns
         -------
         dict
-            Both models, both optimizers and their options as constructed, the position in the data, the random state of
-            Python, NumPy and torch, the counters, and the version of this format. Tensors are the live ones.
+            Both models, both optimizers and their options as constructed, what the next solve starts from, the position
+            in the data, the random state of Python, NumPy and torch, the counters, and the version of this format.
+            Tensors are the live ones.
         """
         return {
             "format_version": FORMAT_VERSION,
@@ -196,6 +221,8 @@ class BilevelTrainer:
             "ll_model": self.problem.ll_model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
             "options": self._own_options,
+            "implicit": self._implicit.state_dict(),
+            "failures_in_a_row": self._failures_in_a_row,
             "data": {"train": self._train.state_dict(), "validate": self._validate.state_dict()},
             "counters": {name: getattr(self, name) for name in _COUNTERS},
             "rng": get_rng_state(),
@@ -235,6 +262,8 @@ class BilevelTrainer:
                 f"The state does not fit this problem: {error} A setting that changes a model's shape, such as its "
                 "width, cannot be changed between saving and loading."
             ) from error
+        self._implicit.load_state_dict(state["implicit"])
+        self._failures_in_a_row = state["failures_in_a_row"]
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
         self._train.load_state_dict(state["data"]["train"])
@@ -242,7 +271,7 @@ class BilevelTrainer:
         set_rng_state(state["rng"])
 
 
-_COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "hvps", "gradient_evaluations")
+_COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
 
 
 def _make_optimizer(factory: OptimizerFactory, params: list[Any], learning_rate: float) -> torch.optim.Optimizer:

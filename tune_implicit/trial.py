@@ -122,7 +122,7 @@ class Trial:
         for name, value in record.items():
             if not math.isfinite(value):
                 raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
-        record |= _certificate(steps[-1].hypergradient) | self._counters()
+        record |= _certificate(steps[-1].hypergradient, self.settings.solver) | self._counters()
         self._config.check_all_read()
         self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
         return record
@@ -157,7 +157,7 @@ class Trial:
 
     def _counters(self) -> Record:
         trainer = self.trainer
-        names = ("skipped_ul_steps", "hvps", "gradient_evaluations", "ul_step", "ll_step")
+        names = ("skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations", "ul_step", "ll_step")
         return {name: getattr(trainer, name) for name in names} | {"completed": self.completed}
 
     def _ul_quantiles(self) -> dict[str, list[float]]:
@@ -220,7 +220,7 @@ def run_trial(trial: Trial, reporter: Reporter) -> Record:
     return trial.record
 
 
-def _certificate(hypergradient: Hypergradient | None) -> Record:
+def _certificate(hypergradient: Hypergradient | None, solver: str) -> Record:
     """Return the metrics of the last hypergradient; what a failed solve leaves without a finite value is left out."""
     if hypergradient is None:
         return {}
@@ -228,8 +228,14 @@ def _certificate(hypergradient: Hypergradient | None) -> Record:
         "hypergradient_norm": hypergradient.norm,
         "residual_norm": hypergradient.residual_norm,
         "relative_residual": hypergradient.relative_residual,
+        "stationarity": hypergradient.stationarity,
+        "lambda_min": hypergradient.lambda_min,
+        "lambda_max": hypergradient.lambda_max,
+        "damping": hypergradient.damping,
+        "noise_norm": hypergradient.noise_norm,
     }
     return {name: value for name, value in numbers.items() if math.isfinite(value)} | {
         "solver_steps": hypergradient.solver_steps,
         "solver_status": hypergradient.status.value,
+        "solver_used": hypergradient.attempts[-1].solver if hypergradient.attempts else solver,
     }

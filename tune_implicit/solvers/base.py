@@ -7,7 +7,7 @@ are flat ``(n,)`` tensors of one floating dtype on one device; norms are Euclide
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 
 __all__ = [
+    "Attempt",
     "Hvp",
     "Solution",
     "Solver",
@@ -25,11 +26,13 @@ __all__ = [
     "check_number",
     "check_stopping",
     "dot",
+    "norm",
     "read",
-    "scale_of",
     "scaled",
+    "start",
     "steps_between_checks",
     "stopping_norm",
+    "unsolvable",
 ]
 
 Hvp = Callable[[Tensor], Tensor]
@@ -45,7 +48,9 @@ class Status(Enum):
     """How a solve ended.
 
     ``CONVERGED`` and ``MAX_STEPS`` are answers, the second a truncated one whose residual says how good it is. The
-    others are failures; ``v`` is then the best iterate before the failure, and no answer.
+    others are failures; ``v`` is then the best iterate before the failure, and no answer. ``NEGATIVE_CURVATURE`` is an
+    ``H`` with a direction of negative curvature, or of none at all in which ``b`` has a part. ``UNVERIFIED`` is a
+    residual that, computed anew, is not the one the solver reported.
     """
 
     CONVERGED = "converged"
@@ -53,11 +58,31 @@ class Status(Enum):
     DIVERGED = "diverged"
     NEGATIVE_CURVATURE = "negative_curvature"
     NON_FINITE = "non_finite"
+    UNVERIFIED = "unverified"
 
     @property
     def failed(self) -> bool:
         """Whether the solve gave no answer."""
         return self not in (Status.CONVERGED, Status.MAX_STEPS)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One solve among several of the same system.
+
+    Parameters
+    ----------
+    solver : str
+        Its name.
+    status : Status
+        How it ended.
+    steps : int
+        Iterations taken.
+    """
+
+    solver: str
+    status: Status
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -73,13 +98,24 @@ class Solution:
     steps : int
         Iterations taken.
     residual_norm : float
-        ``||b - H v||`` of the ``v`` returned.
+        ``||b - H v||`` of the ``v`` returned, or a bound on it where the solver's class says so.
+    lambda_min, lambda_max : float
+        The smallest and the largest curvature ``p' H p / p' p`` that the solve met, which lie between the extreme
+        eigenvalues of ``H``; NaN where it met none.
+    damping : float
+        What a solver chose to add to the diagonal of ``H``: ``v`` then solves that system.
+    attempts : tuple of Attempt
+        Where several solvers were tried, each in turn; the last is the one that returned ``v``.
     """
 
     v: Tensor
     status: Status
     steps: int
     residual_norm: float
+    lambda_min: float = math.nan
+    lambda_max: float = math.nan
+    damping: float = 0.0
+    attempts: tuple[Attempt, ...] = field(default=())
 
 
 class Solver(Protocol):
@@ -122,18 +158,35 @@ def check_stopping(k: int, tolerance: float, rtol: float) -> None:
             raise InvalidValueError(f"`{name}` must not be negative or NaN, got {value}. Pass 0 to switch it off.")
 
 
-def scale_of(b: Tensor) -> float:
-    """Return the power of two by which a solver scales its system, so that squares neither overflow nor vanish.
+def unsolvable(b: Tensor) -> tuple[float, Solution | None]:
+    """Return the scale of ``b``; and the solution where ``b`` decides it: 0 where it is 0, a failure where not finite.
 
-    It is 1 where ``b`` is of ordinary size, else the power next below its largest magnitude, which scales without
-    rounding; 0 where ``b = 0``, and infinite or NaN where ``b`` is not finite.
+    The scale is the power of two by which a solver divides its system, so that squares neither overflow nor vanish. It
+    is 1 where ``b`` is of ordinary size, else the power next below its largest magnitude: it scales without rounding.
     """
     low, high = read(torch.aminmax(b))  # NaN where an entry is; the infinity norm takes 20 times as long
     largest = max(-low, high)
-    if largest == 0 or not math.isfinite(largest):
-        return largest
+    if largest == 0:
+        return 1.0, Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
+    if not math.isfinite(largest):
+        return 1.0, Solution(torch.zeros_like(b), Status.NON_FINITE, 0, largest)
     exponent = math.frexp(largest)[1] - 1
-    return 1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)
+    return (1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)), None
+
+
+def start(hvp: Hvp, b: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return where a solve starts, and its residual: the multiple of ``v0`` that fits ``b`` best, for one hvp, or zero.
+
+    The multiple that minimises ``||b - c H v0||`` is never worse than zero, even where ``v0`` solved another system.
+    """
+    if v0 is None:
+        return torch.zeros_like(b), b
+    size = torch.linalg.vector_norm(v0, math.inf)
+    v0 = v0 / torch.where(size > 0, size, 1)
+    hv = hvp(v0)
+    c = dot(hv, b) / dot(hv, hv)
+    c = torch.where(c.isfinite(), c, 0).to(b.dtype)  # where `H v0` is 0 or not finite
+    return torch.where(c == 0, 0, c * v0), torch.where(c == 0, b, torch.addcmul(b, hv, c, value=-1))
 
 
 def scaled(b: Tensor, scale: float) -> Tensor:
@@ -161,6 +214,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     # Fresh memory for as many products takes longer than the sum of them.
     pieces = zip(a.split(_IN_CACHE), b.split(_IN_CACHE), strict=True)
     return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in pieces]).sum()
+
+
+def norm(v: Tensor) -> Tensor:
+    """Return the Euclidean norm as a scalar tensor on the device of ``v``."""
+    length: Tensor = torch.linalg.vector_norm(v)
+    return length
 
 
 def certain_norm(norm: float, v: Tensor, largest: float) -> float:

@@ -14,11 +14,13 @@ from tune_implicit.solvers.base import (
     check_stopping,
     dot,
     read,
-    scale_of,
     scaled,
+    start,
     steps_between_checks,
     stopping_norm,
+    unsolvable,
 )
+from tune_implicit.solvers.quasi_newton import QuasiNewton
 
 __all__ = ["ConjugateGradient"]
 
@@ -43,6 +45,8 @@ class ConjugateGradient:
         Stop once ``||b - H v|| < tolerance``.
     rtol : float, default 0
         Stop once ``||b - H v|| < rtol * ||b||``.
+    preconditioner : QuasiNewton, optional
+        What earlier solves with it have learned of ``H``; this one adds its own products.
 
     Raises
     ------
@@ -53,12 +57,14 @@ class ConjugateGradient:
 
     References
     ----------
-    Nocedal & Wright, Numerical Optimization, 2nd ed. (2006), Algorithm 5.2; for negative curvature, Algorithm 7.1.
+    Nocedal & Wright, Numerical Optimization, 2nd ed. (2006), Algorithms 5.2 and 5.3; for negative curvature,
+    Algorithm 7.1.
     """
 
     k: int
     tolerance: float = 1e-10
     rtol: float = 0.0
+    preconditioner: QuasiNewton | None = None
 
     def __post_init__(self) -> None:
         check_stopping(self.k, self.tolerance, self.rtol)
@@ -73,58 +79,69 @@ class ConjugateGradient:
         b : Tensor, shape (n,)
             The right-hand side, of a floating dtype.
         v0 : Tensor, shape (n,), optional
-            Where to start; zero, at no cost, by default.
+            A direction to start along; zero, at no cost, by default, and where ``k = 0``.
 
         Returns
         -------
         Solution
             With ``steps`` the iterations up to the one that ended the solve.
         """
-        scale = scale_of(b)
-        if scale == 0:
-            return Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
-        if not math.isfinite(scale):
-            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, scale)
-        v, r = torch.zeros_like(b), scaled(b, scale)
+        scale, known = unsolvable(b)
+        if known is not None:
+            return known
+        b = scaled(b, scale)
+        stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(dot(b, b)), b.dtype)
+        v, r = start(hvp, b, v0 if self.k else None)
+        learned = self.preconditioner if self.preconditioner and self.preconditioner.fits(b) else None
         rr = dot(r, r)
-        stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(rr), b.dtype)
-        if v0 is not None:
-            v = scaled(v0, scale)
-            r = r - hvp(v)
-            rr = dot(r, r)
-        p, best, best_rr = r, v, rr.item()
-        status, steps, largest = self._judge(1.0, best_rr, stop), 0, 0.0
-        last_rr = pp = best_rr
-        rounding = _ROUNDINGS * torch.finfo(b.dtype).eps
+        p = r if learned is None else learned.apply(r)
+        rz, pp = (rr, rr) if learned is None else (dot(r, p), dot(p, p))
+        best, best_rr = v, rr.item()
+        status, steps = self._judge(1.0, best_rr, stop), 0
+        smallest, largest, rounding = math.inf, 0.0, _ROUNDINGS * torch.finfo(b.dtype).eps
+        directions, products = [], []
         while status is Status.MAX_STEPS and steps < self.k:
             iterates, scalars = [], []
             for _ in range(min(steps_between_checks(b), self.k - steps)):
                 hp = hvp(p)
                 curvature = dot(p, hp)
-                alpha = rr / curvature
+                alpha = rz / curvature
                 v = torch.addcmul(v, p, alpha)
                 r = torch.addcmul(r, hp, alpha, value=-1)
-                rr, rr_previous = dot(r, r), rr
-                p = torch.addcmul(r, p, rr / rr_previous)
-                iterates.append(v)
-                scalars += [curvature, rr]
+                rr = dot(r, r)
+                iterates.append((v, p, hp))
+                scalars += [curvature, pp, rr]
+                z = r if learned is None else learned.apply(r)
+                rz, rz_previous = (rr if learned is None else dot(r, z)), rz
+                beta = rz / rz_previous
+                p = torch.addcmul(z, p, beta)
+                # Without a preconditioner the residual is orthogonal to the direction before.
+                pp = rr + beta * beta * pp if learned is None else dot(p, p)
             seen = iter(read(scalars))
-            for iterate, php, seen_rr in zip(iterates, seen, seen, strict=True):
+            for (iterate, *pair), php, pp_seen, rr_seen in zip(iterates, seen, seen, seen, strict=True):
                 steps += 1
-                seen_curvature = php / pp if pp else math.nan
-                # ||p||^2 of the next direction, of which the residual is orthogonal to the one before.
-                beta = seen_rr / last_rr if last_rr else math.nan
-                pp = seen_rr + beta * beta * pp
-                last_rr = seen_rr
-                status = self._judge(seen_curvature - rounding * largest, seen_rr, stop)
+                quotient = php / pp_seen if pp_seen else math.nan
+                status = self._judge(quotient - rounding * largest, rr_seen, stop)
+                smallest = min(smallest, quotient)
                 if not status.failed:
-                    largest = max(largest, seen_curvature)
-                    if seen_rr < best_rr:
-                        best, best_rr = iterate, seen_rr
+                    largest = max(largest, quotient)
+                    if self.preconditioner is not None:
+                        directions.append(pair[0])
+                        products.append(pair[1])
+                    if rr_seen < best_rr:
+                        best, best_rr = iterate, rr_seen
                 if status is not Status.MAX_STEPS:
                     break
-        residual_norm = certain_norm(math.sqrt(best_rr), best, largest) * scale
-        return Solution(scaled(best, 1 / scale), status, steps, residual_norm)
+        if self.preconditioner is not None and directions:
+            self.preconditioner.add(directions, products)
+        return Solution(
+            scaled(best, 1 / scale),
+            status,
+            steps,
+            certain_norm(math.sqrt(best_rr), best, largest) * scale,
+            lambda_min=smallest if steps else math.nan,
+            lambda_max=max(largest, smallest) if steps else math.nan,
+        )
 
     @staticmethod
     def _judge(curvature: float, rr: float, stop: float) -> Status:

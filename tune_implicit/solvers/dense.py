@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.solvers.base import Hvp, Solution, Status, scale_of
+from tune_implicit.solvers.base import Hvp, Solution, Status, norm, scaled, unsolvable
 
 __all__ = ["DenseSolve"]
 
@@ -65,23 +65,26 @@ class DenseSolve:
                 f"`DenseSolve` forms an {n} x {n} matrix, more than `max_size` = {self.max_size} allows. "
                 "Use ConjugateGradient, or raise `max_size`."
             )
-        scale = scale_of(b)
-        if scale == 0:
-            return Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
-        if not math.isfinite(scale):
-            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, scale)
+        scale, known = unsolvable(b)
+        if known is not None:
+            return known
+        b = scaled(b, scale)
         h = torch.stack([hvp(unit) for unit in torch.eye(n, dtype=b.dtype, device=b.device)])
         if not h.isfinite().all():
-            return Solution(
-                torch.zeros_like(b), Status.NON_FINITE, 0, torch.linalg.vector_norm(b, dtype=torch.float64).item()
-            )
+            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, norm(b).item() * scale)
         eigenvalues, basis = torch.linalg.eigh((h + h.T) / 2)
         rounding = n * torch.finfo(b.dtype).eps
         kept = eigenvalues.abs() > rounding * eigenvalues.abs().max()
-        coefficients = basis.T @ (b / scale)
+        coefficients = basis.T @ b
         v = basis @ torch.where(kept, coefficients / eigenvalues, 0)
-        residual = torch.linalg.vector_norm(b / scale - h @ v).item()
+        residual = norm(b - h @ v).item()
         # An ill-conditioned solve leaves a residual too, of rounding times ||H|| ||v||.
-        allowed = 10 * rounding * (eigenvalues.abs().max() * torch.linalg.vector_norm(v) + math.sqrt(n)).item()
-        status = Status.CONVERGED if residual <= allowed else Status.NEGATIVE_CURVATURE
-        return Solution(v * scale, status, 1, residual * scale)
+        allowed = 10 * rounding * (eigenvalues.abs().max() * norm(v) + math.sqrt(n)).item()
+        return Solution(
+            scaled(v, 1 / scale),
+            Status.CONVERGED if residual <= allowed else Status.NEGATIVE_CURVATURE,
+            1,
+            residual * scale,
+            lambda_min=eigenvalues[0].item(),
+            lambda_max=eigenvalues[-1].item(),
+        )

@@ -1,7 +1,7 @@
 """The Neumann series (NS) of Lorraine, Vicol & Duvenaud."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,18 +15,23 @@ from tune_implicit.solvers.base import (
     check_number,
     check_stopping,
     dot,
+    norm,
     read,
-    scale_of,
     scaled,
+    start,
     steps_between_checks,
     stopping_norm,
+    unsolvable,
 )
 
 __all__ = ["NeumannSeries"]
 
-# For a symmetric H whose eigenvalues lie in [0, 2 / step_size] the residual never grows. What is above rounding is
-# therefore an eigenvalue outside, in whose direction the series has no limit.
+# For a symmetric H whose eigenvalues lie in [0, 2 / step_size] neither the residual nor H times it ever grows. What is
+# above rounding is therefore an eigenvalue outside, in whose direction the series has no limit.
 _GROWTH = 1.001
+
+# Below as many roundings of the residual, H times it is itself a rounding error, which grows and shrinks as it likes.
+_ROUNDINGS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class NeumannSeries:
     With ``a`` the step size, it sums ``v_j = a * sum_{i<=j} (I - a H)^i b`` from ``v_0 = a b`` to ``v_k``, which is
     gradient descent on the quadratic with that gradient. It converges where every eigenvalue of ``H`` lies in
     ``(0, 2 / a)``. The next term of the series is the residual of the present sum,
-    ``b - H v_j = (I - a H)^(j+1) b``: convergence and divergence are read from it at no cost. The residual of the last
-    sum is the one term that is computed for its own sake, so that a solve of ``k`` steps takes ``k + 1`` hvps.
+    ``b - H v_j = (I - a H)^(j+1) b``: convergence and divergence are read from it at no cost. After ``k`` hvps the
+    terms 0 to ``k`` are known, and the residual norm reported is that of the sum without the last of them. It bounds
+    the sum's own, and is no more than the last contraction away from it.
 
     Parameters
     ----------
@@ -84,69 +90,74 @@ class NeumannSeries:
         b : Tensor, shape (n,)
             The right-hand side, of a floating dtype.
         v0 : Tensor, shape (n,), optional
-            Where to start, in place of ``v_0 = a b``.
+            A direction to start along; the series then starts with its residual in place of ``b``. Not used where
+            ``k = 0``, which takes no product.
 
         Returns
         -------
         Solution
-            With ``steps`` the terms added to the start. Where the residual grows, ``v`` is the sum before it did, and
-            the status tells a step size that is too large, ``DIVERGED``, from an ``H`` with a negative eigenvalue.
+            With ``steps`` the terms added to the first. Where a term grows, ``v`` is the sum before it did, and
+            the status tells a step size that is too large, ``DIVERGED``, from an ``H`` with a negative eigenvalue;
+            ``lambda_max`` is then what the growth shows the largest eigenvalue to be at least.
         """
-        scale = scale_of(b)
-        if scale == 0:
-            return Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
-        if not math.isfinite(scale):
-            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, scale)
-        v, r = torch.zeros_like(b), scaled(b, scale)
-        norm = torch.linalg.vector_norm(r).item()
-        stop = stopping_norm(self.tolerance / scale, self.rtol, norm, b.dtype)
-        if norm < stop:
-            return Solution(v, Status.CONVERGED, 0, norm * scale)
-        if v0 is None:
-            steps, smallest, pending = -1, norm, self._residuals(r, hvp, 1)
-        else:
-            start = v0 / scale
-            steps, r_start = 0, r - hvp(start)
-            norm_start = torch.linalg.vector_norm(r_start).item()
-            if not math.isfinite(norm_start):
-                return Solution(v, Status.NON_FINITE, 0, norm * scale)
-            v, r, norm, smallest = start, r_start, norm_start, norm_start
-            if norm < stop:
-                return self._answer(Status.CONVERGED, v, norm, 0, scale)
-            pending = self._residuals(r, hvp, min(steps_between_checks(b), self.k))
-        while pending:
-            norms = read([torch.linalg.vector_norm(r_next) for r_next in pending])
-            for r_next, norm_next in zip(pending, norms, strict=True):
+        scale, known = unsolvable(b)
+        if known is not None:
+            return known
+        b = scaled(b, scale)
+        stop = stopping_norm(self.tolerance / scale, self.rtol, norm(b).item(), b.dtype)
+        v, r = start(hvp, b, v0 if self.k else None)
+        first = last = norm(r).item()
+        if last < stop:
+            return self._answer(Status.CONVERGED, v, last, 0, scale)
+        if not math.isfinite(last):
+            return self._answer(Status.NON_FINITE, torch.zeros_like(v), norm(b).item(), 0, scale)
+        steps, smallest, image_smallest = 0, last, math.inf
+        image: Tensor | None = None
+        while steps < self.k:
+            terms, norms = [], []
+            r_next = r
+            for _ in range(min(steps_between_checks(b), self.k - steps)):
+                image_next = hvp(r_next)
+                r_next = torch.add(r_next, image_next, alpha=-self.step_size)
+                terms.append((r_next, image_next))
+                norms += [norm(r_next), norm(image_next)]
+            seen = iter(read(norms))
+            for (r_next, image_next), last_next, image_norm in zip(terms, seen, seen, strict=True):
                 steps += 1
-                if not norm_next <= _GROWTH * smallest:
-                    return Solution(scaled(v, 1 / scale), self._failure(r, r_next, hvp), steps, norm * scale)
+                if not last_next <= _GROWTH * smallest:
+                    return self._failure(r, r_next, hvp, v, last, steps, scale)
+                rounding = _ROUNDINGS * torch.finfo(b.dtype).eps * last / self.step_size
+                if image is not None and image_norm > max(rounding, _GROWTH * image_smallest):
+                    return self._failure(image, image_next, hvp, v, last, steps, scale)
                 v.add_(r, alpha=self.step_size)  # only now, so that the sum before a growth is still there
-                r, norm, smallest = r_next, norm_next, min(smallest, norm_next)
-                if norm < stop:
-                    return self._answer(Status.CONVERGED, v, norm, steps, scale)
-            pending = self._residuals(r, hvp, min(steps_between_checks(b), self.k - steps))
-        return self._answer(Status.MAX_STEPS, v, norm, steps, scale)
+                r, last, image = r_next, last_next, image_next
+                smallest, image_smallest = min(smallest, last), min(image_smallest, image_norm)
+                if last < stop:
+                    return self._answer(Status.CONVERGED, v, last, steps, scale)
+        if self.k and last >= first * (1 - torch.finfo(b.dtype).eps):
+            return self._answer(Status.NEGATIVE_CURVATURE, v, last, steps, scale)
+        return self._answer(Status.MAX_STEPS, v.add_(r, alpha=self.step_size), last, steps, scale)
 
-    def _answer(self, status: Status, v: Tensor, norm: float, steps: int, scale: float) -> Solution:
+    def _answer(self, status: Status, v: Tensor, residual: float, steps: int, scale: float) -> Solution:
         """Return the solution in the units of ``b``; that the residual never grew says that ``||H||`` is some 1 / a."""
-        return Solution(scaled(v, 1 / scale), status, steps, certain_norm(norm, v, 1 / self.step_size) * scale)
+        return Solution(scaled(v, 1 / scale), status, steps, certain_norm(residual, v, 1 / self.step_size) * scale)
 
-    def _residuals(self, r: Tensor, hvp: Hvp, count: int) -> list[Tensor]:
-        """Return the next ``count`` terms of the series after ``r``: the residuals of the sums up to each before."""
-        residuals = []
-        for _ in range(count):
-            r = torch.add(r, hvp(r), alpha=-self.step_size)
-            residuals.append(r)
-        return residuals
+    def _failure(
+        self, x: Tensor, x_next: Tensor, hvp: Hvp, v: Tensor, residual: float, steps: int, scale: float
+    ) -> Solution:
+        """Return why ``x`` grew to ``x_next = M x``, with ``M = I - a H``, for one hvp more.
 
-    def _failure(self, r: Tensor, r_next: Tensor, hvp: Hvp) -> Status:
-        """Return why the residual grew from ``r`` to ``r_next = M r``, with ``M = I - a H``, for one hvp more.
-
-        ``r' (M^3 - M) r`` has the sign of the eigenvalues of ``M`` that grow, above 1 or below -1: ``r' (M^2 - I) r``
+        ``x' (M^3 - M) x`` has the sign of the eigenvalues of ``M`` that grow, above 1 or below -1: ``x' (M^2 - I) x``
         is positive, so they outweigh the others, which count for less still in the first form. The
-        sign of ``r' H r`` would not do: to it the largest eigenvalues of ``H`` contribute, although they contract.
+        sign of ``x' H x`` would not do: to it the largest eigenvalues of ``H`` contribute, although they contract.
         """
-        first, third = dot(r, r_next).item(), dot(r_next, r_next - self.step_size * hvp(r_next)).item()
-        if not (math.isfinite(first) and math.isfinite(third)):
-            return Status.NON_FINITE
-        return Status.NEGATIVE_CURVATURE if third > first else Status.DIVERGED
+        image = hvp(x_next)
+        once, thrice = dot(x, x_next).item(), dot(x_next, x_next - self.step_size * image).item()
+        solution = Solution(scaled(v, 1 / scale), Status.NON_FINITE, steps, residual * scale)
+        if not (math.isfinite(once) and math.isfinite(thrice)):
+            return solution
+        if thrice > once:
+            return replace(solution, status=Status.NEGATIVE_CURVATURE)
+        # Where none is negative, ||H x|| / ||x|| is no more than the largest eigenvalue; that growth proves the other.
+        largest = max(norm(image).item() / norm(x_next).item(), 2 / self.step_size)
+        return replace(solution, status=Status.DIVERGED, lambda_max=largest)
