@@ -1,5 +1,6 @@
 """The command line: what it prints, and its exit codes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -262,3 +263,52 @@ def test_a_mistake_on_ray_is_told_in_one_line() -> None:
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert (out, error) == ("", "Error: `k` must be 0 or more, got -1.\n")
+
+
+# ---- check
+
+
+CHECKED = """
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from tests.test_checkup import working, {imported}
+
+def problem(config):
+    assert 1 <= config["k"] <= 64
+    return working({changes})
+
+space = {{"k": IntDistribution(1, 64, log=True), "solver": CategoricalDistribution(["cg", "neumann"]),
+         "ll_learning_rate": FloatDistribution(1e-2, 1e-1, log=True)}}
+settings = {{"ll_steps": 10, "ul_steps": 30}}
+"""
+
+
+def check_task(tmp_path: Path, *arguments: str, changes: str = "", imported: str = "LearningRate") -> Result:
+    task = tmp_path / "checked.py"
+    task.write_text(CHECKED.format(changes=changes, imported=imported))
+    return CliRunner().invoke(main, ["check", str(task), *arguments])
+
+
+def test_check_of_a_working_task(tmp_path: Path) -> None:
+    got = check_task(tmp_path)
+    assert got.exit_code == 0, got.output
+    assert got.stdout.startswith("config: ll_steps=10 ul_steps=30 k=8 solver=cg ll_learning_rate=0.03162\n")
+    assert got.stdout.endswith("\npassed\n")
+    assert got.stderr == ""
+
+
+def test_check_of_a_broken_task_as_json(tmp_path: Path) -> None:
+    got = check_task(tmp_path, "--json", changes="ul_model=LearningRate()")
+    assert got.exit_code == 1
+    told = json.loads(got.stdout)
+    assert [finding["name"] for finding in told["findings"] if finding["level"] == "fault"] == ["learning-rate"]
+
+
+def test_check_of_a_problem_that_cannot_be_made(tmp_path: Path) -> None:
+    got = check_task(tmp_path, changes="train_data=[]")
+    assert got.exit_code == 1
+    assert "FAULT   problem             `train_data` must hold at least one batch" in got.stdout
+
+
+def test_check_without_a_task() -> None:
+    got = CliRunner().invoke(main, ["check", "no_such_file.py"])
+    assert (got.exit_code, got.stderr.count("\n")) == (2, 1)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tune_implicit import ImplicitSettings, check
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 README = EXAMPLES.parent / "README.md"
 
@@ -45,6 +47,14 @@ def test_hyper_cleaning(trials: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "without ul steps: test accuracy" in printed
     assert Path("out/report.html").exists()
     assert Path("out/hyper_cleaning.png").exists()
+
+
+def test_check_passes_on_the_problems_of_the_examples():
+    digits = importlib.import_module("hyper_cleaning")
+    settings = ImplicitSettings(ll_learning_rate=0.01, ul_steps=40)
+    for problem in (importlib.import_module("breast_cancer").problem({}), digits.problem({"width": 8}, digits.data())):
+        report = check(problem, settings)
+        assert report.passed, str(report)
 
 
 def test_readme_problem():

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tune_implicit.checkup import check
 from tune_implicit.errors import (
     CheckpointError,
     DivergedError,
@@ -13,10 +14,23 @@ from tune_implicit.errors import (
     StorageError,
     TuneImplicitError,
 )
+from tune_implicit.findings import CheckReport
 from tune_implicit.hypergradient import Hypergradient, Implicit
 from tune_implicit.problem import BilevelProblem, State
 from tune_implicit.settings import ImplicitSettings
-from tune_implicit.solvers import ConjugateGradient, DenseSolve, NeumannSeries, Solution, Solver, Status
+from tune_implicit.solvers import (
+    Attempt,
+    ConjugateGradient,
+    Damped,
+    DenseSolve,
+    Fallback,
+    Minres,
+    NeumannSeries,
+    QuasiNewton,
+    Solution,
+    Solver,
+    Status,
+)
 from tune_implicit.trainer import BilevelTrainer
 
 if TYPE_CHECKING:
@@ -29,12 +43,16 @@ if TYPE_CHECKING:
     from tune_implicit.run import search
 
 __all__ = [
+    "Attempt",
     "BilevelProblem",
     "BilevelTrainer",
+    "CheckReport",
     "CheckpointError",
     "ConjugateGradient",
+    "Damped",
     "DenseSolve",
     "DivergedError",
+    "Fallback",
     "Hypergradient",
     "Implicit",
     "ImplicitObjective",
@@ -43,9 +61,11 @@ __all__ = [
     "ImplicitTrainable",
     "InvalidTypeError",
     "InvalidValueError",
+    "Minres",
     "NeumannSeries",
     "NoCompletedTrialError",
     "Progress",
+    "QuasiNewton",
     "SearchResult",
     "Solution",
     "SolveError",
@@ -55,6 +75,7 @@ __all__ = [
     "StorageError",
     "TrialResult",
     "TuneImplicitError",
+    "check",
     "load_search",
     "search",
     "write_report",

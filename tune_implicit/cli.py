@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tune_implicit.errors import InvalidValueError, NoCompletedTrialError, TuneImplicitError
+from tune_implicit.findings import CheckReport
 
 if TYPE_CHECKING:
     from tune_implicit.ledger import Progress
@@ -91,6 +93,38 @@ def run(
         click.echo("Interrupted; what finished is kept. Go on with --resume.", err=True)
         sys.exit(INTERRUPTED)
     sys.exit(0 if best is not None else NOTHING_COMPLETED)
+
+
+@main.command()
+@click.argument("task", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Write the report as JSON.")
+def check(task: Path, as_json: bool) -> None:
+    """Look for what is wrong with the problem that the file TASK defines, before a search.
+
+    The config is the middle of `space`, and `settings`. Exit code 1 tells of a fault, 0 of none.
+    """
+    with _Told():
+        module = _load_task(task)
+        from tune_implicit.checkup import check as check_problem
+        from tune_implicit.study import check_space, middle_config
+        from tune_implicit.trial import Trial
+
+        check_space(module.space)
+        config = dict(getattr(module, "settings", None) or {}) | middle_config(module.space)
+        data = module.data() if hasattr(module, "data") else None
+        report = CheckReport()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the report tells what a trial warns of
+                trial = Trial(module.problem, config, data)
+            report = check_problem(trial.problem, trial.settings)
+        except TuneImplicitError as error:
+            report.fault("problem", str(error))
+        if as_json:
+            click.echo(report.to_json())
+        else:
+            click.echo(f"config: {' '.join(f'{key}={_short(value)}' for key, value in config.items())}\n{report}")
+    sys.exit(0 if report.passed else NOTHING_COMPLETED)
 
 
 @main.command()

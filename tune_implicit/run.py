@@ -1,8 +1,7 @@
 """n trials on a named backend, and their result, which stays on disk."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from optuna.storages import BaseStorage
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.ledger import ARTIFACTS, RAY_FOLDER, Ledger, Progress, end_running, open_study, queue_interrupted
 from tune_implicit.results import SearchResult
-from tune_implicit.study import Space, check_space, direction_of
+from tune_implicit.study import Space, check_space, direction_of, quiet_optuna
 from tune_implicit.trial import ProblemFactory
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def search(
     direction = direction_of(mode)
     folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
     settings = dict(settings or {}) if seed is None else {"seed": seed, **(settings or {})}
-    with _quiet_optuna():
+    with quiet_optuna():
         study = open_study(folder, storage, resume, space, direction, metric)
         queue_interrupted(study, space)
         # A resumed search must not propose its first trials again.
@@ -202,17 +201,3 @@ def _run_on_optuna(
         timeout=time_budget_s,
         callbacks=[lambda _study, _trial: on_trial_end()],
     )
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Keep Optuna's lines per trial, and its tracebacks of those that failed, off the terminal.
-
-    The search shows its own progress there, keeps why a trial failed, and raises a mistake.
-    """
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ __all__ = [
     "check_space",
     "direction_of",
     "failure_of",
+    "middle_config",
     "open_storage",
+    "quiet_optuna",
     "suggest",
     "write_config",
     "write_outcome",
@@ -84,6 +87,48 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
         return {name: _suggest_one(trial, name, distribution) for name, distribution in space.items()}
     config = call_space(space, trial)
     return dict(trial.params) if config is None else config
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna's lines per trial, and its tracebacks of those that failed, off the terminal.
+
+    The search shows its own progress there, keeps why a trial failed, and raises a mistake.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def middle_config(space: Space) -> dict[str, Any]:
+    """Return the config in the middle of ``space``: of ranges the middle, of choices the first."""
+    with quiet_optuna():
+        return suggest(optuna.create_study(sampler=_MiddleSampler()).ask(), space)
+
+
+class _MiddleSampler(optuna.samplers.BaseSampler):
+    """Take the middle of each distribution, the geometric one on a logarithmic scale."""
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: BaseDistribution) -> Any:
+        match param_distribution:
+            case FloatDistribution(low=low, high=high, step=step, log=log):
+                middle = math.sqrt(low * high) if log else (low + high) / 2
+                return middle if step is None else low + step * round((middle - low) / step)
+            case IntDistribution(low=low, high=high, step=step, log=log):
+                middle = math.sqrt(low * high) if log else (low + high) / 2
+                return low + step * round((middle - low) / step)
+            case CategoricalDistribution(choices=choices):
+                return choices[0]
+        raise AssertionError("Optuna has three kinds of distributions")
 
 
 def call_space(space: Callable[[optuna.Trial], dict[str, Any] | None], trial: optuna.Trial) -> dict[str, Any] | None:

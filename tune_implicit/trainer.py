@@ -16,7 +16,7 @@ from tune_implicit.problem import BilevelProblem, OptimizerFactory, State, named
 from tune_implicit.rng import get_rng_state, set_rng_state
 from tune_implicit.settings import ImplicitSettings
 
-__all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
+__all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step", "make_implicit"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,25 +85,7 @@ class BilevelTrainer:
         self._own_options = {name: _options(optimizer) for name, optimizer in self._optimizers().items()}
         self._train = BatchStream("train_data", problem.train_data)
         self._validate = BatchStream("validate_data", problem.validate_data)
-        self._implicit = Implicit(
-            problem.ul_objective,
-            problem.ul_model,
-            problem.ll_objective,
-            problem.ll_model,
-            settings.ll_learning_rate,
-            settings.k,
-            settings.tolerance,
-            solver=settings.solver,
-            rtol=settings.rtol,
-            step_size=settings.step_size,
-            damping=settings.damping,
-            stop=settings.stop,
-            warm_start=settings.warm_start,
-            # A search picks solvers: what is for one of them does not bother the others.
-            preconditioner_memory=settings.preconditioner_memory if settings.solver == "cg" else 0,
-            fallback=settings.on_failure == "fallback",
-            verify=settings.verify,
-        )
+        self._implicit = make_implicit(problem, settings)
 
     def step(self) -> Step:
         """Take ``ll_steps`` optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
@@ -121,13 +103,13 @@ class BilevelTrainer:
             many in a row.
         """
         warmup = self.settings.warmup_ll_steps if self.ul_step == 0 else 0
-        train_loss = self._train_ll(warmup + self.settings.ll_steps)
+        train_loss = self.train_ll(warmup + self.settings.ll_steps)
         hypergradient = self._step_ul() if self.settings.ul_learning_rate > 0 else None
         self.ul_step += 1
         return Step(train_loss, hypergradient)
 
-    def _train_ll(self, steps: int) -> float:
-        """Take ``steps`` ll optimizer steps and return their mean loss, which leaves the device only then.
+    def train_ll(self, steps: int) -> float:
+        """Take ``steps`` ll optimizer steps, and no ul step; return their mean loss, NaN where there are none.
 
         Raises
         ------
@@ -269,6 +251,29 @@ class BilevelTrainer:
         self._train.load_state_dict(state["data"]["train"])
         self._validate.load_state_dict(state["data"]["validate"])
         set_rng_state(state["rng"])
+
+
+def make_implicit(problem: BilevelProblem, settings: ImplicitSettings) -> Implicit:
+    """Return what computes the hypergradients of ``problem`` with these settings."""
+    return Implicit(
+        problem.ul_objective,
+        problem.ul_model,
+        problem.ll_objective,
+        problem.ll_model,
+        settings.ll_learning_rate,
+        settings.k,
+        settings.tolerance,
+        solver=settings.solver,
+        rtol=settings.rtol,
+        step_size=settings.step_size,
+        damping=settings.damping,
+        stop=settings.stop,
+        warm_start=settings.warm_start,
+        # A search picks solvers: what is for one of them does not bother the others.
+        preconditioner_memory=settings.preconditioner_memory if settings.solver == "cg" else 0,
+        fallback=settings.on_failure == "fallback",
+        verify=settings.verify,
+    )
 
 
 _COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
