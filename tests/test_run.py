@@ -366,3 +366,9 @@ def test_seconds_add_up_over_calls(tmp_path: Path) -> None:
     first = run(output=tmp_path / "found", n_trials=1)
     second = run(output=tmp_path / "found", n_trials=1, resume=True)
     assert second.summary.seconds > first.summary.seconds
+
+
+def test_a_missing_select_data_is_told_once(output: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split") as told:
+        run(output, problem=toy.two_splits)
+    assert len(told) == 1

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def problem(config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
         select_data=[(x[2], y[2])],
         metrics={"error": error},
     )
+
+
+def two_splits(config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
+    """Return the problem without `select_data`."""
+    return replace(problem(config, data), select_data=None)
 
 
 def faulty(*faults: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -114,9 +113,7 @@ def check(task: Path, as_json: bool) -> None:
         data = module.data() if hasattr(module, "data") else None
         report = CheckReport()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the report tells what a trial warns of
-                trial = Trial(module.problem, config, data)
+            trial = Trial(module.problem, config, data)
             report = check_problem(trial.problem, trial.settings)
         except TuneImplicitError as error:
             report.fault("problem", str(error))

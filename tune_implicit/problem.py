@@ -72,6 +72,7 @@ RESERVED_METRICS = frozenset(
         "ul_step",
         "ll_step",
         "completed",
+        "selected_on",
         "failure",
     }
 )

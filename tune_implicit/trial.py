@@ -2,7 +2,6 @@
 
 import math
 import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from tune_implicit.trainer import BilevelTrainer, Step
 
 __all__ = [
     "CHECKPOINT_FILE",
+    "NO_SELECT_DATA",
     "TRIAL_FAILURES",
     "ProblemFactory",
     "Record",
@@ -32,6 +32,10 @@ Record = dict[str, Any]
 ProblemFactory = Callable[..., BilevelProblem]
 
 CHECKPOINT_FILE = "trial.pt"
+NO_SELECT_DATA = (
+    "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the search then "
+    "favours the trial that overfits it most. Hold out a third split."
+)
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 QUANTILE_SAMPLE = 10_000
 
@@ -79,12 +83,6 @@ class Trial:
         made = problem(self._config) if data is None else problem(self._config, data)
         if not isinstance(made, BilevelProblem):
             raise InvalidTypeError(f"`problem(config)` must return a BilevelProblem, got {type(made).__name__}.")
-        if made.select_data is None:
-            warnings.warn(
-                "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the "
-                "search then favours the trial that overfits it most. Hold out a third split.",
-                stacklevel=2,
-            )
         self.problem = made
         self.trainer = BilevelTrainer(made, self.settings)
 
@@ -92,6 +90,11 @@ class Trial:
     def completed(self) -> bool:
         """Whether all ul steps are taken."""
         return self.trainer.ul_step >= self.settings.ul_steps
+
+    @property
+    def selected_on(self) -> str:
+        """The split that trials are compared on: ``"select_data"``, or ``"validate_data"`` where there is none."""
+        return "validate_data" if self.problem.select_data is None else "select_data"
 
     @property
     def record(self) -> Record:
@@ -136,8 +139,7 @@ class Trial:
         return unknown | self._counters() | {"failure": reason}
 
     def _losses(self, steps: list[Step]) -> Record:
-        problem = self.problem
-        name = "validate_data" if problem.select_data is None else "select_data"
+        problem, name = self.problem, self.selected_on
         selected = evaluate(
             problem, name, getattr(problem, name), {"select_loss": problem.ul_objective, **problem.metrics}
         )
@@ -158,7 +160,10 @@ class Trial:
     def _counters(self) -> Record:
         trainer = self.trainer
         names = ("skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations", "ul_step", "ll_step")
-        return {name: getattr(trainer, name) for name in names} | {"completed": self.completed}
+        return {name: getattr(trainer, name) for name in names} | {
+            "completed": self.completed,
+            "selected_on": self.selected_on,
+        }
 
     def _ul_quantiles(self) -> dict[str, list[float]]:
         quantiles = {}

@@ -368,3 +368,10 @@ def test_search_goes_on_after_a_trial_whose_worker_dies_each_time(tmp_path: Path
     assert not found.interrupted
     (failed,) = (trial for trial in found.trials if trial.state == "failed")
     assert "lost its worker" in failed.failure
+
+
+def test_a_search_tells_once_that_select_data_is_missing(tmp_path: Path) -> None:
+    # The workers say it too, but a search keeps their output off the terminal.
+    with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split") as told:
+        search(toy.two_splits, toy.SPACE, settings=toy.SETTINGS, n_trials=2, output=tmp_path / "s")
+    assert len(told) == 1

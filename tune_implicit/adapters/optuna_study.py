@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,15 @@ from tune_implicit.study import (
     write_config,
     write_outcome,
 )
-from tune_implicit.trial import CHECKPOINT_FILE, TRIAL_FAILURES, ProblemFactory, Record, Trial, run_trial
+from tune_implicit.trial import (
+    CHECKPOINT_FILE,
+    NO_SELECT_DATA,
+    TRIAL_FAILURES,
+    ProblemFactory,
+    Record,
+    Trial,
+    run_trial,
+)
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -83,6 +92,7 @@ class ImplicitObjective:
         self.metric = metric
         self.artifact_store = artifact_store
         self.checkpoint_frequency = checkpoint_frequency
+        self._warned = False
 
     def __call__(self, optuna_trial: optuna.Trial) -> float:
         """Run one trial and return its value, NaN where it failed, which Optuna records as FAIL.
@@ -121,6 +131,9 @@ class ImplicitObjective:
     def _run(self, config: dict[str, Any], optuna_trial: optuna.Trial) -> tuple[Record, str | None]:
         """Run and save the trial of ``config``, and return its last record and why it failed, if it did."""
         trial = Trial(self.problem, config, self.data)
+        if trial.selected_on != "select_data" and not self._warned:
+            warnings.warn(NO_SELECT_DATA, stacklevel=2)
+            self._warned = True
         self._resume(trial, optuna_trial)
         try:
             record = run_trial(trial, _StudyReporter(self, trial, optuna_trial))

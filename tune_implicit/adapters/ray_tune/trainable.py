@@ -1,13 +1,14 @@
 """Ray Tune: an ordinary class Trainable in an ordinary Tuner."""
 
 import math
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from tune_implicit.trial import CHECKPOINT_FILE, TRIAL_FAILURES, ProblemFactory, Record, Trial
+from tune_implicit.trial import CHECKPOINT_FILE, NO_SELECT_DATA, TRIAL_FAILURES, ProblemFactory, Record, Trial
 
 __all__ = ["ImplicitTrainable"]
 
@@ -43,7 +44,10 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
     def _trial(self) -> Trial:
         # Built by the call that first needs it. A mistake then reaches the search as itself, where one in an actor's
         # constructor only kills the actor; and the trial before it is gone from memory.
-        return Trial(self._problem, self._own_config, self._data)
+        trial = Trial(self._problem, self._own_config, self._data)
+        if trial.selected_on != "select_data":
+            warnings.warn(NO_SELECT_DATA, stacklevel=2)
+        return trial
 
     def step(self) -> Record:
         """Advance the trial to its next report."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.tune.schedulers import TrialScheduler
 from tune_implicit.adapters.ray_tune.searcher import ImplicitOptunaSearch
 from tune_implicit.adapters.ray_tune.trainable import ImplicitTrainable
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.trial import ProblemFactory, Record
+from tune_implicit.trial import NO_SELECT_DATA, ProblemFactory, Record
 
 __all__ = ["PatientSearch", "run_tuner"]
 
@@ -106,10 +107,14 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
     def __init__(self, on_trial_end: Callable[[], None], searcher: PatientSearch) -> None:
         self._on_trial_end = on_trial_end
         self._searcher = searcher
+        self._warned = False
         self.error: Exception | None = None
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Pass it on."""
+        """Pass it on, and say once what the worker says where its output is hidden."""
+        if (trial.last_result or {}).get("selected_on") == "validate_data" and not self._warned:
+            warnings.warn(NO_SELECT_DATA, stacklevel=2)
+            self._warned = True
         self._on_trial_end()
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
@@ -134,7 +139,7 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks next to the trials; a listener on this process has no place there.
-        return {"_on_trial_end": _ignore, "_searcher": None, "error": None}
+        return {"_on_trial_end": _ignore, "_searcher": None, "_warned": True, "error": None}
 
 
 class _StopWhen(tune.Stopper):  # type: ignore[misc]
