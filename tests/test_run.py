@@ -298,6 +298,13 @@ def test_a_resumed_search_compares_as_it_did(output: Path, changes: dict[str, st
         run(output, 2, resume=True, **changes)
 
 
+def test_a_resumed_search_has_the_same_settings(output: Path) -> None:
+    run(output, n_trials=1)
+    with pytest.raises(InvalidValueError, match=r"holds other `settings`: k, ul_steps would change, from \[None, 6\]"):
+        run(output, resume=True, settings=toy.SETTINGS | {"ul_steps": 8, "k": 2})
+    assert len(run(output, resume=True, settings=toy.SETTINGS | {"seed": 3}).trials) == 3
+
+
 def test_a_resumed_search_has_the_same_choices(output: Path) -> None:
     run(output, 1, space=toy.faulty("none", "nan"))
     with pytest.raises(InvalidValueError, match=r"Optuna does not mix the two\. Pass the same, or another folder"):

@@ -1,5 +1,6 @@
 """A search's study as its ledger: opened, resumed, counted, and written out for people."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.results import Summary, append_trials, earlier_seconds, read_trials
+from tune_implicit.results import Summary, append_trials, earlier_seconds, number_or_text, read_trials
 from tune_implicit.study import (
     CHECKPOINT_ATTR,
     CONFIG_ATTR,
@@ -34,9 +35,11 @@ JOURNAL_FILE = "study.journal"
 ARTIFACTS = "artifacts"
 RAY_FOLDER = "ray"
 
-# The attributes that the search itself keeps: of a trial, which one it repeats; of the study, what it compares by.
+# The attributes that the search itself keeps: of a trial, which one it repeats; of the study, what it compares by, and
+# what is the same in every trial.
 RERUN_ATTR = "rerun_of"
 METRIC_ATTR = "metric"
+SETTINGS_ATTR = "settings"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ class Progress:
 
 
 def open_study(
-    folder: Path, storage: str | BaseStorage | None, resume: bool, space: Space, direction: StudyDirection, metric: str
+    folder: Path,
+    storage: str | BaseStorage | None,
+    resume: bool,
+    space: Space,
+    settings: Mapping[str, Any],
+    direction: StudyDirection,
+    metric: str,
 ) -> optuna.Study:
     """Return the study of the search in ``folder``.
 
@@ -85,12 +94,22 @@ def open_study(
     if begun and not resume:
         _drop_if_nothing_finished(opened, name, folder)
     study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
-    _check_same_search(study, folder, space, direction, metric)
+    # Another seed draws other trials of the same search.
+    fixed = json.loads(json.dumps({k: v for k, v in settings.items() if k != "seed"}, default=number_or_text))
+    _check_same_search(study, folder, space, fixed, direction, metric)
     study.set_user_attr(METRIC_ATTR, metric)
+    study.set_user_attr(SETTINGS_ATTR, fixed)
     return study
 
 
-def _check_same_search(study: optuna.Study, folder: Path, space: Space, direction: StudyDirection, metric: str) -> None:
+def _check_same_search(
+    study: optuna.Study,
+    folder: Path,
+    space: Space,
+    settings: Mapping[str, Any],
+    direction: StudyDirection,
+    metric: str,
+) -> None:
     """Check that ``study`` can go on with the arguments of this call.
 
     Raises
@@ -104,6 +123,13 @@ def _check_same_search(study: optuna.Study, folder: Path, space: Space, directio
             f"The search in `output` {str(folder)!r} compares trials by {compared_by!r} "
             f"({study.direction.name.lower()}), this call by {metric!r} ({direction.name.lower()}). "
             "Pass the same `metric` and `mode`, or another folder."
+        )
+    held = study.user_attrs.get(SETTINGS_ATTR, settings)
+    if changed := sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key)):
+        raise InvalidValueError(
+            f"The search in `output` {str(folder)!r} holds other `settings`: {', '.join(changed)} would change, from "
+            f"{[held.get(key) for key in changed]} to {[settings.get(key) for key in changed]}. Pass the same, or "
+            "another folder."
         )
     if callable(space):
         return

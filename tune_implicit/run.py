@@ -113,7 +113,7 @@ def search(
     folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
     settings = dict(settings or {}) if seed is None else {"seed": seed, **(settings or {})}
     with quiet_optuna():
-        study = open_study(folder, storage, resume, space, direction, metric)
+        study = open_study(folder, storage, resume, space, settings, direction, metric)
         queue_interrupted(study, space)
         # A resumed search must not propose its first trials again.
         study.sampler = sampler or TPESampler(seed=None if seed is None else seed + len(study.trials))
