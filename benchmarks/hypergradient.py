@@ -1,10 +1,10 @@
 """What a hypergradient costs, against the shortest version one would write by hand.
 
-    python benchmarks/hypergradient.py [--output benchmarks/results/hypergradient.md] [--device cuda]
+    python benchmarks/hypergradient.py [--output FILE] [--device cuda] [--dtype bfloat16]
 
 By hand it is: one gradient of the ul loss, one gradient of the ll loss with ``create_graph=True``, k calls of
-``autograd.grad`` on lists of tensors, one mixed product; no checks, no certificate, nothing restored. ``Implicit`` does
-all that on top, and its Neumann series takes one hvp more, for the residual of the sum that it returns.
+``autograd.grad`` on lists of tensors, one mixed product; no checks, no certificate, nothing restored. ``Implicit``
+does all that on top. Both take k hvps.
 
 *Time.* Rounds of A B, B A, A B, ... on one thread, the first two for warming up. A ratio is the median over
 rounds of the ratio within a round, so that a machine that slows down slows both. That both compute the same
@@ -14,8 +14,9 @@ hypergradient is the table's last column.
 allocator's own running total, which ``torch.profiler`` records at each allocation and release; on a GPU it is
 ``max_memory_allocated``. Work space that a library allocates for itself is not seen, and is the same for both.
 
-*Problems.* Ridge in float64, in which it is checked against the closed form, and in float32, in which what a call
-costs beside its products weighs most: a product takes some 0.2 ms. The networks in float32. The ul values are log-L2
+*Problems.* Ridge in float64, in which it is checked against the closed form, and in float32; there and in logistic
+regression a product takes some 0.2 ms, so that what a call costs beside its products weighs most. The networks in
+float32 or bfloat16: all is then done in that by hand, while ``Implicit`` solves in float32. The ul values are log-L2
 penalties, so large that the Hessian is positive definite; the tolerance is 0, so that all k iterations are taken.
 """
 
@@ -26,14 +27,16 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 from tune_implicit.hypergradient import Implicit
@@ -43,19 +46,21 @@ K = 20
 WARM_UP_ROUNDS = 2
 SOLVERS = ("neumann", "cg")
 Gradients = list[Tensor]
+Run = Callable[[], Gradients]
 
 
 class LogL2(nn.Module):
-    """The penalty ``sum exp(l) w^2``, with an ``l`` per entry of the ll model or one per tensor of it."""
+    """The penalty ``sum exp(l) w^2``, with an ``l`` per entry of the ll model, per tensor of it, or a single one."""
 
-    def __init__(self, ll_model: nn.Module, log_l2: float, per_tensor: bool = False) -> None:
+    def __init__(self, ll_model: nn.Module, log_l2: float, per: str = "entry") -> None:
         super().__init__()
-        shapes = [() if per_tensor else w.shape for w in ll_model.parameters()]
-        self.log_l2 = nn.ParameterList(torch.full(shape, log_l2) for shape in shapes)
+        shapes = [w.shape if per == "entry" else () for w in ll_model.parameters()]
+        self.log_l2 = nn.ParameterList(torch.full(shape, log_l2) for shape in shapes[: 1 if per == "model" else None])
 
     def forward(self, ll_model: nn.Module) -> Tensor:
         """Return the penalty of ``ll_model``."""
-        return sum((log_l2.exp() * w**2).sum() for log_l2, w in zip(self.log_l2, ll_model.parameters(), strict=True))
+        pairs = zip(cycle(self.log_l2), ll_model.parameters(), strict=False)
+        return sum((log_l2.exp() * w**2).sum() for log_l2, w in pairs)
 
 
 @dataclass
@@ -70,6 +75,17 @@ class Problem:
     validate: tuple[Tensor, Tensor]
     step_size: float
     rounds: int
+    attention: bool = False
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Convert the models and the data, though not the numbers of classes, to ``dtype``."""
+        self.name += f", {str(dtype).removeprefix('torch.')}"
+        for model in (self.ll_model, self.ul_model):
+            model.to(dtype)
+        self.train, self.validate = (
+            tuple(x.to(dtype) if x.is_floating_point() else x for x in batch) for batch in (self.train, self.validate)
+        )
+        return self
 
     def ul_objective(self, state: State) -> Tensor:
         """Return the loss on the validation batch."""
@@ -80,20 +96,25 @@ class Problem:
         return self.loss(state.ll_model(state.data), state.target) + state.ul_model(state.ll_model)
 
 
-def ridge(dtype: torch.dtype) -> Problem:
-    torch.set_default_dtype(dtype)
+def ridge() -> Problem:
     ll_model = nn.Linear(500, 1, bias=False)
     truth = torch.randn(500, 1)
     train, validate = ((x, x @ truth + torch.randn(len(x), 1)) for x in (torch.randn(2000, 500), torch.randn(500, 500)))
-    name = f"ridge, n=2000, d=500, {str(dtype).removeprefix('torch.')}"
-    return Problem(name, ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
+    return Problem("ridge", ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
 
 
-def mlp() -> Problem:
+def logistic() -> Problem:
+    ll_model = nn.Linear(64, 10, bias=False)
+    scales = torch.logspace(-1, 0.5, 64)  # or CG would converge before k steps
+    train, validate = ((x * scales, y) for x, y in (classes(1000, 64), classes(1000, 64)))
+    return Problem("logistic", ll_model, LogL2(ll_model, -4.0), cross_entropy, train, validate, 1.0, 200)
+
+
+def mlp(per: str = "entry") -> Problem:
     layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
     ll_model = nn.Sequential(*layers)
     train, validate = (classes(128, 784), classes(128, 784))
-    return Problem("MLP", ll_model, LogL2(ll_model, -0.5), cross_entropy, train, validate, 0.1, 20)
+    return Problem("MLP", ll_model, LogL2(ll_model, -0.5, per), cross_entropy, train, validate, 0.1, 20)
 
 
 def cnn() -> Problem:
@@ -103,15 +124,23 @@ def cnn() -> Problem:
         nn.Flatten(), nn.Linear(1568, 320), nn.ReLU(), nn.Linear(320, 10),
     )  # fmt: skip
     train, validate = (classes(64, 1, 28, 28), classes(64, 1, 28, 28))
-    ul_model = LogL2(ll_model, 0.6, per_tensor=True)
-    return Problem("CNN", ll_model, ul_model, cross_entropy, train, validate, 0.1, 20)
+    return Problem("CNN", ll_model, LogL2(ll_model, 0.6, "tensor"), cross_entropy, train, validate, 0.1, 20)
+
+
+def transformer() -> Problem:
+    layer = nn.TransformerEncoderLayer(128, 4, dim_feedforward=512, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    ll_model = nn.Sequential(nn.Unflatten(0, (32, 32)), encoder, nn.Flatten(0, 1), nn.Linear(128, 10))
+    train, validate = (classes(1024, 128), classes(1024, 128))  # of each token, by its embedding
+    ul_model = LogL2(ll_model, -0.5, "tensor")
+    return Problem("transformer", ll_model, ul_model, cross_entropy, train, validate, 0.1, 20, attention=True)
 
 
 def classes(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(shape), torch.randint(10, shape[:1])
 
 
-def packaged(problem: Problem, solver: str) -> Callable[[], Gradients]:
+def packaged(problem: Problem, solver: str) -> Run:
     """Return ``Implicit.compute_gradients`` as a function without arguments."""
     implicit = Implicit(
         problem.ul_objective, problem.ul_model, problem.ll_objective, problem.ll_model, problem.step_size, K,
@@ -129,14 +158,16 @@ def packaged(problem: Problem, solver: str) -> Callable[[], Gradients]:
     return run
 
 
-def by_hand(problem: Problem, solver: str) -> Callable[[], Gradients]:
+def by_hand(problem: Problem, solver: str) -> Run:
     """Return the same with nothing but autograd."""
     w, log_l2 = list(problem.ll_model.parameters()), list(problem.ul_model.parameters())
     solve = {"neumann": neumann_by_hand, "cg": cg_by_hand}[solver]
 
     def run() -> Gradients:
         b = grad(problem.ul_objective(State(*problem.validate, problem.ul_model, problem.ll_model)), w)
-        ll_loss = problem.ll_objective(State(*problem.train, problem.ul_model, problem.ll_model))
+        # The fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if problem.attention else nullcontext():
+            ll_loss = problem.ll_objective(State(*problem.train, problem.ul_model, problem.ll_model))
         first = grad(ll_loss, w, create_graph=True)
         v = solve(lambda p: grad(first, w, p, retain_graph=True), b, problem.step_size)
         return [-mixed for mixed in grad(first, log_l2, v)]
@@ -174,7 +205,7 @@ def relative_difference(got: Gradients, expected: Gradients) -> float:
     return (torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)).item()
 
 
-def seconds(run: Callable, device: str) -> float:
+def seconds(run: Run, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -184,7 +215,7 @@ def seconds(run: Callable, device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(run: Callable, device: str) -> int:
+def peak_bytes(run: Run, device: str) -> int:
     """Return the peak of tensor memory during ``run()``, above what is allocated before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -202,27 +233,40 @@ def peak_bytes(run: Callable, device: str) -> int:
     return max(change["args"]["Total Allocated"] for change in changes) - before
 
 
-def measure(problem: Problem, device: str) -> Iterator[str]:
-    """Yield one row of the table per solver."""
-    weights = sum(w.numel() for w in problem.ll_model.parameters())
-    values = sum(log_l2.numel() for log_l2 in problem.ul_model.parameters())
+def compare(first: Run, second: Run, rounds: int, device: str) -> tuple[float, float, str]:
+    """Return the median times of both in ms, and in words that of their ratio within a round with its quartiles."""
+    times = []
+    for turn in range(WARM_UP_ROUNDS + rounds):
+        taken = {run: seconds(run, device) for run in ((first, second) if turn % 2 else (second, first))}
+        if turn >= WARM_UP_ROUNDS:
+            times.append((taken[first], taken[second]))
+    first_ms, second_ms = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+    low, ratio, high = statistics.quantiles((a / b for a, b in times), n=4)
+    return first_ms, second_ms, f"**{ratio:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def against_hand(problem: Problem, device: str, tell: Callable[[str], None]) -> None:
+    """Tell one row of the first table per solver."""
+    weights, values = (sum(x.numel() for x in m.parameters()) for m in (problem.ll_model, problem.ul_model))
     for solver in SOLVERS:
         ours, hand = packaged(problem, solver), by_hand(problem, solver)
         difference = relative_difference(ours(), hand())
-        times = []
-        for turn in range(WARM_UP_ROUNDS + problem.rounds):
-            pair = (ours, hand) if turn % 2 else (hand, ours)
-            taken = {run: seconds(run, device) for run in pair}
-            if turn >= WARM_UP_ROUNDS:
-                times.append((taken[ours], taken[hand]))
-        ours_s, hand_s = (statistics.median(column) for column in zip(*times, strict=True))
-        low, ratio, high = statistics.quantiles((a / b for a, b in times), n=4)
-        ours_peak, hand_peak = peak_bytes(ours, device), peak_bytes(hand, device)
-        yield (
-            f"| {problem.name} | {weights:,} | {values:,} | {solver} | {hand_s * 1e3:.1f} | {ours_s * 1e3:.1f} "
-            f"| **{ratio:.2f}** ({low:.2f} to {high:.2f}) | {hand_peak / 2**20:.2f} | {ours_peak / 2**20:.2f} "
-            f"| **{ours_peak / hand_peak:.2f}** | {difference:.0e} |"
+        ours_ms, hand_ms, ratio = compare(ours, hand, problem.rounds, device)
+        ours_mib, hand_mib = (peak_bytes(run, device) / 2**20 for run in (ours, hand))
+        tell(
+            f"| {problem.name} | {weights:,} | {values:,} | {solver} | {hand_ms:.1f} | {ours_ms:.1f} | {ratio} "
+            f"| {hand_mib:.2f} | {ours_mib:.2f} | **{ours_mib / hand_mib:.2f}** | {difference:.0e} |"
         )
+
+
+def against_one_value(many: Problem, one: Problem, device: str, tell: Callable[[str], None]) -> None:
+    """Tell one row of the second table per solver."""
+    for solver in SOLVERS:
+        columns = []
+        for way in (packaged, by_hand):
+            many_ms, one_ms, ratio = compare(way(many, solver), way(one, solver), many.rounds, device)
+            columns += [f"{one_ms:.1f}", f"{many_ms:.1f}", ratio]
+        tell(f"| {many.name} | {solver} | {' | '.join(columns)} |")
 
 
 def processor(device: str) -> str:
@@ -236,29 +280,47 @@ def processor(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks")
+    parser.add_argument("--output", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler prints its stages
     torch.set_num_threads(1)
+    device, dtype, lines = arguments.device, getattr(torch, arguments.dtype), []
 
-    lines = [
+    def tell(*rows: str) -> None:
+        print("\n".join(rows), flush=True)
+        lines.extend(rows)
+
+    def built(build: Callable[..., Problem], dtype: torch.dtype, **options: str) -> Problem:
+        torch.manual_seed(0)
+        with torch.device(device):  # for the building alone: in it, each torch call costs more
+            return build(**options).to(dtype)
+
+    tell(
         f"# One hypergradient, k = {K}: `Implicit` against the shortest hand-written version",
         "",
-        f"torch {torch.__version__}, Python {platform.python_version()}, one thread, {processor(arguments.device)}.",
+        f"torch {torch.__version__}, Python {platform.python_version()}, one thread, {processor(device)}.",
         "Ratios are ours over hand-written: of time, the median over interleaved rounds (and its quartiles).",
         "",
         "| problem | ll parameters | ul values | solver | by hand, ms | ours, ms | time ratio "
         "| by hand, MiB | ours, MiB | memory ratio | relative difference |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    for build in (partial(ridge, torch.float64), partial(ridge, torch.float32), mlp, cnn):
-        torch.manual_seed(0)
-        with torch.device(arguments.device):  # for the building alone: in it, each torch call costs more
-            problem = build()
-        for row in measure(problem, arguments.device):
-            print(row, flush=True)
-            lines.append(row)
+    )
+    small = ((ridge, torch.float64), (ridge, torch.float32), (logistic, torch.float32))
+    for build, precision in (*small, (mlp, dtype), (cnn, dtype), (transformer, dtype)):
+        against_hand(built(build, precision), device, tell)
+
+    many, one = built(mlp, dtype), built(mlp, dtype, per="model")
+    values = sum(x.numel() for x in many.ul_model.parameters())
+    tell(
+        "",
+        f"Scaling in ul values: the same ll model with 1 of them and with {values:,}. Ratios are many over one.",
+        "",
+        f"| problem | solver | ours at 1, ms | ours at {values:,}, ms | ratio "
+        f"| by hand at 1, ms | by hand at {values:,}, ms | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    )
+    against_one_value(many, one, device, tell)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("\n".join(lines) + "\n")

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,7 +175,7 @@ def test_costs_are_counted():
 
 def test_ll_steps_leave_the_ul_gradient_alone():
     trainer = make_trainer()
-    trainer._train_ll(2)
+    trainer.train_ll(2)
     assert trainer.problem.ul_model.log_l2.grad is None
 
 
@@ -244,3 +245,197 @@ def test_scalar_ul_value_reaches_the_best_on_a_regression():
     grid = [mse_loss(x_validate @ best_response(l2), y_validate).item() for l2 in torch.logspace(-3, 2, 400).tolist()]
     learned = mse_loss(x_validate @ best_response(ul.log_l2.exp().item()), y_validate).item()
     assert learned < 1.001 * min(grid)
+
+
+# ---- what a solve leaves to the next
+
+# Damped, so that no solve of the random problem fails.
+REMEMBERING = {
+    "neumann": replace(SETTINGS, damping=5.0),
+    "auto": replace(SETTINGS, damping=5.0, solver="neumann", step_size="auto"),
+    "preconditioned": replace(SETTINGS, damping=5.0, solver="cg", preconditioner_memory=8),
+    "small memory": replace(SETTINGS, damping=5.0, solver="cg", preconditioner_memory=2),
+    "cold": replace(SETTINGS, damping=5.0, solver="cg", warm_start=False),
+    "minres": replace(SETTINGS, damping=5.0, solver="minres"),
+    "noise": replace(SETTINGS, damping=5.0, solver="cg", stop="noise", verify=True),
+}
+
+
+def saved_and_loaded(trainer: BilevelTrainer) -> dict:
+    file = io.BytesIO()
+    torch.save(trainer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_warm_start_is_the_default():
+    trainer = make_trainer(REMEMBERING["neumann"])
+    assert trainer.state_dict()["implicit"]["v"] is None
+    hypergradient = trainer.step().hypergradient
+    assert torch.equal(trainer.state_dict()["implicit"]["v"], hypergradient.v)
+    assert hypergradient.hvps == 3
+    assert trainer.step().hypergradient.hvps == 3 + 1
+
+
+def test_without_a_warm_start_each_solve_costs_the_same():
+    trainer = make_trainer(REMEMBERING["cold"])
+    assert [trainer.step().hypergradient.hvps for _ in range(3)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("settings", REMEMBERING.values(), ids=REMEMBERING)
+def test_what_a_solve_remembers_is_part_of_the_state(settings: ImplicitSettings):
+    trainer = make_trainer(settings)
+    for _ in range(3):
+        assert not trainer.step().hypergradient.status.failed
+    saved = saved_and_loaded(trainer)
+    expected = [trainer.step().hypergradient for _ in range(3)]
+    resumed = make_trainer(settings)
+    resumed.load_state_dict(saved)
+    for one in expected:
+        got = resumed.step().hypergradient
+        assert torch.equal(got.v, one.v)
+        assert (got.status, got.hvps, got.residual_norm) == (one.status, one.hvps, one.residual_norm)
+    assert_same_bits(resumed.state_dict(), trainer.state_dict())
+
+
+def test_state_holds_what_its_solver_learns():
+    for name, empty in {
+        "neumann": {"top": True, "preconditioner": True},
+        "auto": {"top": False, "preconditioner": True},
+        "preconditioned": {"top": True, "preconditioner": False},
+    }.items():
+        trainer = make_trainer(REMEMBERING[name])
+        trainer.step()
+        state = trainer.state_dict()["implicit"]
+        assert {key: not (isinstance(state[key], Tensor) or state[key]) for key in empty} == empty
+
+
+@pytest.mark.parametrize("donor", REMEMBERING.values(), ids=REMEMBERING)
+@pytest.mark.parametrize("own", REMEMBERING.values(), ids=REMEMBERING)
+def test_state_of_another_solver_loads(own: ImplicitSettings, donor: ImplicitSettings):
+    source, trainer = make_trainer(donor), make_trainer(own)
+    for _ in range(2):
+        source.step()
+    trainer.load_state_dict(saved_and_loaded(source))
+    assert not trainer.step().hypergradient.status.failed
+    pairs = trainer.state_dict()["implicit"]["preconditioner"]
+    assert (pairs is not None) == (own.preconditioner_memory > 0)
+    if pairs is not None:
+        assert len(pairs["s"]) <= own.preconditioner_memory
+
+
+# ---- failed solves
+
+
+def failing_trainer(batches: str = "bad", steps: int = 0, **settings: object) -> BilevelTrainer:
+    """Conjugate gradient on the training batches named, of which a bad one has a negative Hessian."""
+    case = quadratic()
+    h, c = case.problem.train_data[0]
+    data = [(-h, c) if name == "bad" else (h, c) for name in batches.split()]
+    settings = {"solver": "cg", "ll_steps": 0, "warm_start": False} | settings
+    trainer = BilevelTrainer(replace(case.problem, train_data=data), ImplicitSettings(**settings))
+    for _ in range(steps):
+        trainer.step()
+    return trainer
+
+
+def test_fallback_answers_and_is_counted():
+    trainer = failing_trainer("bad good", on_failure="fallback")
+    before = trainer.problem.ul_model.ul.clone()
+    hypergradient = trainer.step().hypergradient
+    assert [(attempt.solver, attempt.status) for attempt in hypergradient.attempts] == [
+        ("cg", Status.NEGATIVE_CURVATURE),
+        ("minres", Status.CONVERGED),
+    ]
+    assert not torch.equal(trainer.problem.ul_model.ul, before)
+    assert len(trainer.step().hypergradient.attempts) == 1
+    assert (trainer.fallback_ul_steps, trainer.skipped_ul_steps, trainer.ul_step) == (1, 0, 2)
+
+
+def test_without_fallback_no_other_solver_is_tried():
+    trainer = failing_trainer()
+    assert trainer.step().hypergradient.attempts == ()
+    assert (trainer.fallback_ul_steps, trainer.skipped_ul_steps) == (0, 1)
+
+
+def test_where_all_solvers_fail_the_step_is_skipped_and_told(caplog: pytest.LogCaptureFixture):
+    problem = quadratic().problem
+    problem = replace(problem, train_data=[(torch.nan * h, c) for h, c in problem.train_data])
+    trainer = BilevelTrainer(problem, ImplicitSettings(solver="cg", ll_steps=0, on_failure="fallback"))
+    with caplog.at_level("DEBUG", "tune_implicit.trainer"):
+        trainer.step()
+    assert (trainer.fallback_ul_steps, trainer.skipped_ul_steps) == (0, 1)
+    assert "Tried: cg non_finite." in caplog.text
+
+
+def test_stop_ends_the_trial_after_so_many_in_a_row():
+    trainer = failing_trainer(on_failure="stop", failures_to_stop=3, steps=2)
+    assert trainer.skipped_ul_steps == 2
+    with pytest.raises(SolveError, match=r"ul step 3 ended as negative_curv.* add `damping`.*failed solve 3 in a row"):
+        trainer.step()
+    assert trainer.skipped_ul_steps == 3
+
+
+def test_stop_says_which_step_size_would_do():
+    settings = ImplicitSettings(ll_learning_rate=3.0, ll_steps=0, on_failure="stop", failures_to_stop=1)
+    trainer = BilevelTrainer(quadratic().problem, settings)
+    with pytest.raises(SolveError, match=r"largest eigenvalue .* at least .* must be below .* failed solve 1 in a row"):
+        trainer.step()
+
+
+def test_a_good_solve_starts_the_count_anew():
+    trainer = failing_trainer("bad bad good", on_failure="stop", failures_to_stop=3, steps=9)
+    assert trainer.skipped_ul_steps == 6
+
+
+def test_the_count_survives_a_resume():
+    settings = {"on_failure": "stop", "failures_to_stop": 3}
+    trainer = failing_trainer(**settings, steps=2)
+    resumed = failing_trainer(**settings)
+    resumed.load_state_dict(saved_and_loaded(trainer))
+    with pytest.raises(SolveError, match="failed solve 3 in a row"):
+        resumed.step()
+
+
+def test_a_state_after_too_many_failures_stops_a_stricter_trainer():
+    resumed = failing_trainer(on_failure="stop", failures_to_stop=2)
+    resumed.load_state_dict(failing_trainer(steps=4).state_dict())
+    with pytest.raises(SolveError, match="failed solve 5 in a row"):
+        resumed.step()
+
+
+@pytest.mark.parametrize(
+    ("batches", "settings", "status", "reason"),
+    [
+        ("bad", {}, Status.NEGATIVE_CURVATURE, "direction of negative or no curvature"),
+        ("bad", {"solver": "neumann"}, Status.NEGATIVE_CURVATURE, "direction of negative or no curvature"),
+        ("good", {"solver": "neumann", "ll_learning_rate": 3.0}, Status.DIVERGED, "the step size must be below"),
+    ],
+)
+def test_a_skipped_step_is_logged_with_its_reason(
+    batches: str, settings: dict, status: Status, reason: str, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("DEBUG", "tune_implicit.trainer"):
+        failing_trainer(batches, **settings, steps=1)
+    assert f"ul step 1 ended as {status.value} after" in caplog.text
+    assert reason in caplog.text
+    assert "The ul step is skipped." in caplog.text
+
+
+def test_the_reason_leads_to_a_solve_that_works():
+    bad = failing_trainer(steps=1)
+    assert bad.skipped_ul_steps == 1
+    for change in ({"damping": 5.0}, {"solver": "minres"}, {"on_failure": "fallback"}):
+        assert failing_trainer(**change, steps=1).skipped_ul_steps == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"stop": "noise"}, {"verify": True}, {"step_size": "auto", "solver": "neumann"}], ids=str
+)
+def test_costs_of_the_options_are_counted(change: dict):
+    trainer = make_trainer(replace(REMEMBERING["cold"], ll_steps=0, warmup_ll_steps=0, **change))
+    hypergradient = trainer.step().hypergradient
+    assert trainer.hvps == hypergradient.hvps
+    assert trainer.gradient_evaluations == 2 + 2 * hypergradient.hvps + 2 + (change == {"stop": "noise"})
+    extra = {"verify": 1, "step_size": 10}.get(next(iter(change), ""), 0)
+    assert hypergradient.hvps == hypergradient.solver_steps + extra

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from tests import toy
 from tests.problems import generator
 from tests.test_trainer import assert_same_bits, random_problem
-from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeError, InvalidValueError
+from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeError, InvalidValueError, SolveError
 from tune_implicit.evaluation import evaluate
 from tune_implicit.problem import RESERVED_METRICS, BilevelProblem
 from tune_implicit.trial import Trial, read_checkpoint, run_trial
@@ -68,10 +69,10 @@ def test_trials_are_compared_on_data_no_gradient_touches():
         assert record["select_loss"] == pytest.approx(mse_loss(trial.problem.ll_model(X[9:]), Y[9:]).item())
 
 
-def test_without_select_data_a_warning_says_what_is_compared():
-    with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split"):
-        trial = Trial(lambda config: linear_problem(config, {"select_data": None}), CONFIG)
+def test_without_select_data_the_validation_split_is_compared():
+    trial = Trial(lambda config: linear_problem(config, {"select_data": None}), CONFIG)
     record = finish(trial)
+    assert record["selected_on"] == "validate_data"
     with torch.no_grad():
         assert record["select_loss"] == pytest.approx(mse_loss(trial.problem.ll_model(X[6:9]), Y[6:9]).item())
 
@@ -227,3 +228,60 @@ def test_evaluation_leaves_no_trace():
 def test_metric_must_be_a_number(value: object, message: str):
     with pytest.raises(InvalidTypeError, match=f"`mine` must return a number, .*{message}"):
         evaluate(linear_problem({}), "x", [(X, Y)], {"mine": lambda s: value})
+
+
+# ---- what the record says of the solve
+
+
+def test_record_tells_how_the_solve_went():
+    trial = Trial(linear_problem, {**CONFIG, "solver": "cg", "k": 20, "damping": 0.1, "stop": "noise", "ll_steps": 50})
+    record = finish(trial)
+    assert record["damping"] == 0.1
+    assert record["noise_norm"] > 0
+    assert (record["solver_used"], record["solver_status"]) == ("cg", "converged")
+    assert (record["fallback_ul_steps"], record["skipped_ul_steps"]) == (0, 0)
+    assert record["residual_norm"] < record["noise_norm"]
+    assert not any(isinstance(value, float) and math.isnan(value) for value in record.values())
+
+
+def test_record_tells_the_curvatures_that_the_solve_met():
+    trial = Trial(linear_problem, {**CONFIG, "solver": "cg", "k": 20})
+    record = finish(trial)
+    w, log_l2 = X[:6], trial.problem.ul_model.log_l2.detach()
+    ones = torch.cat([w, torch.ones(6, 1)], 1)
+    # The ul values have moved since the solve, by less than a learning rate.
+    h = 2 * ones.T @ ones / 6 + torch.cat([2 * log_l2.exp(), torch.zeros(1)]).diag()
+    values = torch.linalg.eigvalsh(h)
+    assert 0.9 * values[0] < record["lambda_min"] < record["lambda_max"] < 1.1 * values[-1]
+
+
+@pytest.mark.parametrize("on_failure", ["skip", "fallback"])
+@pytest.mark.parametrize("solver", ["cg", "minres", "neumann", "dense"])
+def test_record_of_a_saddle_has_no_nan(solver: str, on_failure: str):
+    config = {**CONFIG, "solver": solver, "k": 20, "on_failure": on_failure, "fault": "indefinite", "ll_steps": 0}
+    record = finish(Trial(toy.problem, config))
+    assert not any(isinstance(value, float) and not math.isfinite(value) for value in record.values())
+    failing = solver in ("cg", "neumann")
+    assert record["solver_used"] == ("minres" if failing and on_failure == "fallback" else solver)
+    assert record["fallback_ul_steps"] == (5 if failing and on_failure == "fallback" else 0)
+    assert record["skipped_ul_steps"] == (5 if failing and on_failure == "skip" else 0)
+
+
+def test_counters_of_a_stopped_trial_are_in_its_failure_record():
+    stop = {"on_failure": "stop", "failures_to_stop": 2}
+    trial = Trial(toy.problem, {**CONFIG, **stop, "solver": "cg", "fault": "indefinite", "ll_steps": 0})
+    with pytest.raises(SolveError, match="failed solve 2 in a row"):
+        trial.advance()
+    record = trial.failure_record("why")
+    assert (record["skipped_ul_steps"], record["fallback_ul_steps"], record["failure"]) == (2, 0, "why")
+
+
+@pytest.mark.parametrize("step_size", ["auto", 0.05])
+def test_checkpoint_continues_with_a_warm_solver(step_size: object, tmp_path: Path):
+    config = {**CONFIG, "step_size": step_size, "verify": True}
+    trial, resumed, path = Trial(linear_problem, config), Trial(linear_problem, config), tmp_path / "trial.pt"
+    trial.advance()
+    trial.save(path)
+    resumed.load(path)
+    assert finish(resumed) == finish(trial)
+    assert_same_bits(resumed.trainer.state_dict(), trial.trainer.state_dict())

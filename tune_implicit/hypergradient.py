@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.autograd.function import once_differentiable
 
 from tune_implicit.batches import halves, tensors_of
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.inverse_hvp import InverseHvp
 from tune_implicit.problem import Objective, State, check_callable, check_models, named_trainable
-from tune_implicit.products import SecondOrder, check_twice_differentiable, twice_differentiable_kernels
+from tune_implicit.products import SecondOrder, check_twice_differentiable, no_autocast, twice_differentiable_kernels
 from tune_implicit.rng import preserved_rng
 from tune_implicit.settings import STOPS
 from tune_implicit.solvers import Attempt, Solution, Solver, Status
@@ -35,7 +36,8 @@ class Hypergradient:
         How the solve of ``H v = dF/dw`` ended; ``NON_FINITE`` also where a loss or the gradient itself is not finite.
     residual_norm, relative_residual : float
         ``||dF/dw - H v||``, and the same over ``||dF/dw||``: 0 is exact, 1 no better than no implicit term. For a
-        truncated Neumann series it is a bound, unless ``verify`` is on.
+        truncated Neumann series it is the norm of its last term, which bounds it where the series converges, and NaN
+        where ``k = 0``; ``verify`` measures it.
     solver_steps, hvps : int
         Iterations of the solver, and the Hessian-vector products taken in all.
     lambda_min, lambda_max : float
@@ -78,6 +80,8 @@ class Hypergradient:
     def reason(self) -> str:
         """Why the solve failed and what to do about it, in a sentence or two; empty where it did not."""
         match self.status:
+            case Status.DIVERGED if math.isnan(self.lambda_max):
+                return "The solution is worse than none. Take another solver, or a smaller step size."
             case Status.DIVERGED:
                 return (
                     f"The largest eigenvalue of the Hessian is at least {self.lambda_max:.3g}, so that the step size "
@@ -198,6 +202,7 @@ class Implicit:
         self.ll_objective = ll_objective
         self.ll_model = ll_model
         self._stop = stop
+        self._looked_for_once_differentiable = False
         self._inverse_hvp = InverseHvp(
             solver,
             ll_learning_rate,
@@ -256,22 +261,33 @@ class Implicit:
         _check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
 
         with _untouched(self.ul_model, ll_model), torch.enable_grad():
+            before = _fingerprint([*ul_params.values(), *ll_params])
             ul_state = State(validate_data, validate_target, self.ul_model, ll_model)
-            ul_loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
-            first = grad(ul_loss, [*ll_params, *ul_params.values()], allow_unused=True)
+            loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
+            first = grad(loss, [*ll_params, *ul_params.values()], allow_unused=True)
             b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
-            if b.dtype in (torch.bfloat16, torch.float16):  # of which no solve would keep a digit
-                b = b.float()
+            # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
+            b = b.to(torch.promote_types(_coarsest(ll_params), torch.float32))
             direct = first[len(ll_params) :]
-            del first  # `b` holds a copy
+            ul_loss = _Loss(loss)
+            del first, loss  # `b` holds a copy
 
             ll_state = State(train_data, train_target, self.ul_model, ll_model)
             with twice_differentiable_kernels(ll_model):
-                ll_loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
-            second = SecondOrder(ll_loss, ll_params)
+                loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
+            ll_loss = _Loss(loss)
+            _check_unedited([*ul_params.values(), *ll_params], before)
+            if not self._looked_for_once_differentiable:
+                _check_no_once_differentiable(ll_loss)
+                self._looked_for_once_differentiable = True
             noise = self._noise(ul_state, ll_params) if self._stop == "noise" else math.nan
-            solution = self._inverse_hvp.solve(second.hvp, b, 0.0 if math.isnan(noise) else noise)
-            mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
+            with no_autocast(ll_model):
+                second = SecondOrder(loss, ll_params)
+                del loss
+                solution = self._inverse_hvp.solve(
+                    second.hvp, b, noise if math.isfinite(noise) else 0.0, _coarsest(ll_params)
+                )
+                mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
         terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
         _check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
@@ -331,13 +347,12 @@ def _certified(
     second: SecondOrder,
     b: Tensor,
     noise: float,
-    ul_loss: Tensor,
-    ll_loss: Tensor,
+    ul_loss: "_Loss",
+    ll_loss: "_Loss",
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
     norms = [norm_of([b]), second.stationarity, norm_of(list(gradients.values()))]
-    losses = [loss.detach().to(norms[0]) for loss in (ul_loss, ll_loss)]
-    b_norm, stationarity, norm, ul_value, ll_value = torch.stack([*norms, *losses]).tolist()
+    b_norm, stationarity, norm, ul_value, ll_value = torch.stack([*norms, ul_loss.value, ll_loss.value]).tolist()
     status = solution.status
     if not (status.failed or all(map(math.isfinite, (stationarity, norm, ul_value, ll_value)))):
         status = Status.NON_FINITE
@@ -386,7 +401,15 @@ def _check_devices(device: torch.device, **batches: Any) -> None:
                 )
 
 
-def _check_used(params: dict[str, Tensor], ul_loss: Tensor, ll_loss: Tensor) -> None:
+class _Loss:
+    """A loss and its graph without its memory: a mean is as large as what it is the mean of."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.value = loss.detach().to(torch.float64, copy=True)
+        self.grad_fn = loss.grad_fn
+
+
+def _check_used(params: dict[str, Tensor], ul_loss: _Loss, ll_loss: _Loss) -> None:
     """Check that each of ``params``, whose derivative is structurally zero, at least enters one of the losses.
 
     Raises
@@ -405,23 +428,85 @@ def _check_used(params: dict[str, Tensor], ul_loss: Tensor, ll_loss: Tensor) -> 
         )
 
 
-def _leaves(loss: Tensor) -> set[int]:
+def _leaves(loss: _Loss) -> set[int]:
     """Return the ids of the leaf tensors from which ``loss`` was computed."""
-    leaves, seen, nodes = set(), set(), [loss.grad_fn]
+    return {id(leaf) for node in _nodes(loss) if (leaf := getattr(node, "variable", None)) is not None}
+
+
+def _nodes(loss: _Loss) -> set[Any]:
+    """Return the nodes of the graph that computed ``loss``."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(id(leaf))
         nodes.extend(next_node for next_node, _ in node.next_functions)
-    return leaves
+    return seen
+
+
+# All functions that `once_differentiable` returns share it.
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
+
+
+def _check_no_once_differentiable(ll_loss: _Loss) -> None:
+    """Check that every custom function in ``ll_loss`` has a second derivative.
+
+    Raises
+    ------
+    InvalidValueError
+        If not. ``torch.autograd.grad`` takes it for zero, without a word.
+    """
+    for node in _nodes(ll_loss):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        while backward is not None:
+            if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
+                raise InvalidValueError(
+                    f"`ll_objective` uses {node._forward_cls.__name__}, whose backward is marked once_differentiable: "
+                    "it has no second derivative. Use another implementation of it."
+                )
+            backward = getattr(backward, "__wrapped__", None)
+
+
+def _fingerprint(params: list[nn.Parameter]) -> tuple[list[int], Tensor]:
+    """Return what an edit changes: the versions, and the norm, as writing through ``.data`` leaves no version."""
+    return [param._version for param in params], norm_of([param.detach() for param in params])
+
+
+def _check_unedited(params: list[nn.Parameter], before: tuple[list[int], Tensor]) -> None:
+    """Check that no objective has written into a parameter.
+
+    Raises
+    ------
+    InvalidValueError
+        If one has: the two losses, or a loss and its derivatives, then belong to two points.
+    """
+    versions, norm = _fingerprint(params)
+    if versions != before[0] or not torch.allclose(norm, before[1], rtol=0, atol=0, equal_nan=True):
+        raise InvalidValueError(
+            "An objective changed a parameter in place, so that its derivatives belong to no one point. Project or "
+            "clip parameters after the optimizer's step, and use Embedding without max_norm."
+        )
+
+
+def _coarsest(params: list[nn.Parameter]) -> torch.dtype:
+    """Return the dtype that decides how many digits the products have."""
+    return max((param.dtype for param in params), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @contextmanager
 def _untouched(*models: nn.Module) -> Iterator[None]:
-    """Leave the models' modes and buffers and the global random state as they were, whatever objectives do."""
+    """Leave the models' modes, buffers, gradients and hooks, and the global random state, as they were.
+
+    Hooks on parameters, which clip gradients in training, would be part of every derivative taken inside.
+    """
+    params = [param for model in models for param in model.parameters()]
+    saved = [(param, param.requires_grad, param.grad, param._backward_hooks) for param in params]
+    for param in params:
+        param.grad = None
+        if param._backward_hooks:
+            param._backward_hooks = None
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -436,6 +521,11 @@ def _untouched(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+        for param, requires_grad, gradient, hooks in saved:
+            param.requires_grad_(requires_grad)
+            param.grad = gradient
+            if hooks:
+                param._backward_hooks = hooks
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer)

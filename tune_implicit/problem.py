@@ -178,7 +178,7 @@ def check_models(ul_model: nn.Module, ll_model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"`{argument}` must be a torch.nn.Module, got {type(model).__name__}.")
         params = named_trainable(model)
-        if not params:
+        if not any(param.numel() for param in params.values()):
             raise InvalidValueError(
                 f"`{argument}` has no parameter to train. "
                 "Register its values as nn.Parameter and leave requires_grad=True on those to learn."

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.backends import cuda, cudnn
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tune_implicit.errors import InvalidValueError
@@ -33,6 +34,10 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
             kind, instead = "EmbeddingBag", "an Embedding and a sum"
         elif _is_weight_norm(module):
             kind, instead = "weight_norm", "a parametrization of your own that returns g * v / v.norm(...)"
+        elif _is_spectral_norm(module):
+            kind, instead = "spectral_norm", "a parametrization of your own that divides by matrix_norm(w, 2)"
+        elif isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.sparse):
+            kind, instead = "Embedding with scale_grad_by_freq or sparse", "neither option"
         if kind and any(param.requires_grad for param in module.parameters()):
             raise InvalidValueError(
                 f"`{name}`'s module {path!r} uses {kind}, which torch cannot differentiate twice. Use {instead}, or "
@@ -46,6 +51,12 @@ def _is_weight_norm(module: nn.Module) -> bool:
     return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
 
 
+def _is_spectral_norm(module: nn.Module) -> bool:
+    if isinstance(module, ParametrizationList):
+        return any(isinstance(parametrization, _SpectralNorm) for parametrization in module)
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+
+
 @contextmanager
 def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Compute with what torch can differentiate twice: unfused attention, RNNs without cuDNN, no compiled code.
@@ -53,16 +64,20 @@ def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     Autocast that is on around the caller is off inside: a solve in float16 gives NaN. Only the forward pass that builds
     the graph needs all this; its backward passes stay with the kernels it chose.
     """
-    device_type = next(model.parameters()).device.type
     with ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(no_autocast(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_math_attention())
         yield
+
+
+def no_autocast(model: nn.Module) -> AbstractContextManager[object]:
+    """Compute in the parameters' own dtypes; matrix products of a backward pass are autocast too."""
+    device_type = next(model.parameters()).device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 @contextmanager
@@ -118,9 +133,10 @@ class SecondOrder:
         """Return ``H v`` of shape (n,), with ``H = d2f / dw2``, for ``v`` of shape (n,), in the dtype of ``v``."""
         self.hvps += 1
         products = self._vjp(v, self._ll_params, retain_graph=True)
-        return flatten(
+        image = flatten(
             [torch.zeros_like(w) if hv is None else hv for hv, w in zip(products, self._ll_params, strict=True)]
-        ).to(v.dtype)
+        )
+        return image if image.dtype is v.dtype else image.to(v.dtype)
 
     def mixed_vjp(self, v: Tensor, ul_params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Return ``(d2f / dl dw) v`` for each tensor of ``l``, ``None`` where ``df/dw`` does not depend on it.

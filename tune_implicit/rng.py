@@ -48,13 +48,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def preserved_rng() -> Iterator[None]:
     """Leave the global random state as it was, whatever is drawn inside."""
     # Not `get_rng_state`: to make plain data of it takes as long as to get it, and this is part of every hypergradient.
-    python, numpy, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+    cpu = torch.default_generator.clone_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
+        torch.set_rng_state(cpu.get_state())
         if cuda:
             torch.cuda.set_rng_state_all(cuda)

@@ -174,7 +174,7 @@ class BilevelTrainer:
         if policy == "raise":
             raise SolveError(message)
         if policy == "stop" and self._failures_in_a_row >= limit:
-            raise SolveError(f"{message} It was failed solve {limit} in a row.")
+            raise SolveError(f"{message} It was failed solve {self._failures_in_a_row} in a row.")
         logger.debug("%s The ul step is skipped.", message)
 
     def _next(self, stream: BatchStream) -> Batch:

@@ -170,14 +170,16 @@ def unsolvable(b: Tensor) -> tuple[float, Solution | None]:
         return 1.0, Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
     if not math.isfinite(largest):
         return 1.0, Solution(torch.zeros_like(b), Status.NON_FINITE, 0, largest)
-    exponent = math.frexp(largest)[1] - 1
+    # Not below the smallest normal number, of which 1 / scale is still a number.
+    exponent = max(math.frexp(largest)[1], math.frexp(torch.finfo(b.dtype).tiny)[1]) - 1
     return (1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)), None
 
 
-def start(hvp: Hvp, b: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor]:
+def start(hvp: Hvp, b: Tensor, v0: Tensor | None, definite: bool = False) -> tuple[Tensor, Tensor]:
     """Return where a solve starts, and its residual: the multiple of ``v0`` that fits ``b`` best, for one hvp, or zero.
 
-    The multiple that minimises ``||b - c H v0||`` is never worse than zero, even where ``v0`` solved another system.
+    The multiple that minimises ``||b - c H v0||`` is never worse than zero, even where ``v0`` solved another system. A
+    solver of ``definite`` systems starts from zero where ``v0' H v0`` is not positive, so as to meet that itself.
     """
     if v0 is None:
         return torch.zeros_like(b), b
@@ -185,7 +187,8 @@ def start(hvp: Hvp, b: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor]:
     v0 = v0 / torch.where(size > 0, size, 1)
     hv = hvp(v0)
     c = dot(hv, b) / dot(hv, hv)
-    c = torch.where(c.isfinite(), c, 0).to(b.dtype)  # where `H v0` is 0 or not finite
+    useful = c.isfinite() & ((dot(v0, hv) > 0) | (not definite))  # not where `H v0` is 0 or not finite
+    c = torch.where(useful, c, 0).to(b.dtype)
     return torch.where(c == 0, 0, c * v0), torch.where(c == 0, b, torch.addcmul(b, hv, c, value=-1))
 
 
@@ -209,7 +212,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype == torch.float64:
         return torch.dot(a, b)
-    if a.device.type != "cpu" or len(a) <= _IN_CACHE:
+    if a.device.type != "cpu" or a.numel() <= _IN_CACHE:
         return (a * b).sum(dtype=torch.float64)
     # Fresh memory for as many products takes longer than the sum of them.
     pieces = zip(a.split(_IN_CACHE), b.split(_IN_CACHE), strict=True)
@@ -228,7 +231,8 @@ def certain_norm(norm: float, v: Tensor, largest: float) -> float:
     Such a residual goes on shrinking when the true one has long been held up by rounding, at about the unit roundoff
     times ``||H|| ||v||``; ``largest`` stands for ``||H||``.
     """
-    return max(norm, torch.finfo(v.dtype).eps * largest * float(torch.linalg.vector_norm(v)))
+    length = float(torch.linalg.vector_norm(v, dtype=torch.float64))  # of 1e30, its square is no float32
+    return max(norm, torch.finfo(v.dtype).eps * largest * length)
 
 
 def stopping_norm(tolerance: float, rtol: float, b_norm: float, dtype: torch.dtype) -> float:

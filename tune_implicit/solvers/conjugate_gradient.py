@@ -1,6 +1,7 @@
 """Conjugate gradient, the linear-system method (LS) of hypergradients."""
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -91,15 +92,16 @@ class ConjugateGradient:
             return known
         b = scaled(b, scale)
         stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(dot(b, b)), b.dtype)
-        v, r = start(hvp, b, v0 if self.k else None)
+        v, r = start(hvp, b, v0 if self.k else None, definite=True)
         learned = self.preconditioner if self.preconditioner and self.preconditioner.fits(b) else None
         rr = dot(r, r)
         p = r if learned is None else learned.apply(r)
-        rz, pp = (rr, rr) if learned is None else (dot(r, p), dot(p, p))
+        rz = rr if learned is None else dot(r, p)
         best, best_rr = v, rr.item()
+        pp = last_rr = best_rr
         status, steps = self._judge(1.0, best_rr, stop), 0
         smallest, largest, rounding = math.inf, 0.0, _ROUNDINGS * torch.finfo(b.dtype).eps
-        directions, products = [], []
+        pairs: deque[list[Tensor]] = deque(maxlen=self.preconditioner.memory if self.preconditioner else 0)
         while status is Status.MAX_STEPS and steps < self.k:
             iterates, scalars = [], []
             for _ in range(min(steps_between_checks(b), self.k - steps)):
@@ -109,31 +111,33 @@ class ConjugateGradient:
                 v = torch.addcmul(v, p, alpha)
                 r = torch.addcmul(r, hp, alpha, value=-1)
                 rr = dot(r, r)
-                iterates.append((v, p, hp))
-                scalars += [curvature, pp, rr]
+                iterates.append((v,) if self.preconditioner is None else (v, p, hp))
+                del hp  # or it would still be there during the next product
+                scalars += [curvature, rr] if learned is None else [curvature, rr, dot(p, p)]
                 z = r if learned is None else learned.apply(r)
                 rz, rz_previous = (rr if learned is None else dot(r, z)), rz
-                beta = rz / rz_previous
-                p = torch.addcmul(z, p, beta)
-                # Without a preconditioner the residual is orthogonal to the direction before.
-                pp = rr + beta * beta * pp if learned is None else dot(p, p)
+                p = torch.addcmul(z, p, rz / rz_previous)
             seen = iter(read(scalars))
-            for (iterate, *pair), php, pp_seen, rr_seen in zip(iterates, seen, seen, seen, strict=True):
+            for iterate, *pair in iterates:
                 steps += 1
-                quotient = php / pp_seen if pp_seen else math.nan
+                php, rr_seen = next(seen), next(seen)
+                if learned is not None:
+                    pp = next(seen)
+                quotient = php / pp if pp else math.nan
+                # ||p||^2 of the next direction, of which the residual is orthogonal to the one before.
+                beta = rr_seen / last_rr if last_rr else math.nan
+                pp, last_rr = rr_seen + beta * beta * pp, rr_seen
                 status = self._judge(quotient - rounding * largest, rr_seen, stop)
                 smallest = min(smallest, quotient)
                 if not status.failed:
                     largest = max(largest, quotient)
-                    if self.preconditioner is not None:
-                        directions.append(pair[0])
-                        products.append(pair[1])
+                    pairs.append(pair)
                     if rr_seen < best_rr:
                         best, best_rr = iterate, rr_seen
                 if status is not Status.MAX_STEPS:
                     break
-        if self.preconditioner is not None and directions:
-            self.preconditioner.add(directions, products)
+        if self.preconditioner is not None and pairs:
+            self.preconditioner.add(*map(list, zip(*pairs, strict=True)))
         return Solution(
             scaled(best, 1 / scale),
             status,

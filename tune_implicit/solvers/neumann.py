@@ -42,8 +42,9 @@ class NeumannSeries:
     gradient descent on the quadratic with that gradient. It converges where every eigenvalue of ``H`` lies in
     ``(0, 2 / a)``. The next term of the series is the residual of the present sum,
     ``b - H v_j = (I - a H)^(j+1) b``: convergence and divergence are read from it at no cost. After ``k`` hvps the
-    terms 0 to ``k`` are known, and the residual norm reported is that of the sum without the last of them. It bounds
-    the sum's own, and is no more than the last contraction away from it.
+    terms 0 to ``k`` are known, and the residual norm reported is that of the sum without the last of them. Where ``a``
+    is below ``2 / lambda_max`` it bounds the sum's own, and is no more than the last contraction away from it. With
+    ``k = 0`` nothing is known of it, and NaN is reported.
 
     Parameters
     ----------
@@ -105,38 +106,38 @@ class NeumannSeries:
             return known
         b = scaled(b, scale)
         stop = stopping_norm(self.tolerance / scale, self.rtol, norm(b).item(), b.dtype)
-        v, r = start(hvp, b, v0 if self.k else None)
+        v, r = start(hvp, b, v0 if self.k else None, definite=True)
         first = last = norm(r).item()
         if last < stop:
             return self._answer(Status.CONVERGED, v, last, 0, scale)
         if not math.isfinite(last):
             return self._answer(Status.NON_FINITE, torch.zeros_like(v), norm(b).item(), 0, scale)
         steps, smallest, image_smallest = 0, last, math.inf
-        image: Tensor | None = None
+        at_once, rounding = steps_between_checks(b), _ROUNDINGS * torch.finfo(b.dtype).eps / self.step_size
         while steps < self.k:
-            terms, norms = [], []
-            r_next = r
-            for _ in range(min(steps_between_checks(b), self.k - steps)):
-                image_next = hvp(r_next)
-                r_next = torch.add(r_next, image_next, alpha=-self.step_size)
-                terms.append((r_next, image_next))
-                norms += [norm(r_next), norm(image_next)]
+            terms, norms = [r], []
+            for _ in range(min(at_once, self.k - steps)):
+                image = hvp(terms[-1])
+                terms.append(torch.add(terms[-1], image, alpha=-self.step_size))
+                norms += [norm(terms[-1]), norm(image)]
+                del image  # or it would still be there during the next product
             seen = iter(read(norms))
-            for (r_next, image_next), last_next, image_norm in zip(terms, seen, seen, strict=True):
+            for r_next, last_next, image_norm in zip(terms[1:], seen, seen, strict=True):
                 steps += 1
                 if not last_next <= _GROWTH * smallest:
                     return self._failure(r, r_next, hvp, v, last, steps, scale)
-                rounding = _ROUNDINGS * torch.finfo(b.dtype).eps * last / self.step_size
-                if image is not None and image_norm > max(rounding, _GROWTH * image_smallest):
-                    return self._failure(image, image_next, hvp, v, last, steps, scale)
+                if image_norm > max(rounding * last, _GROWTH * image_smallest):
+                    # Once its norm has grown it grows for ever, so that the next two images show it as well.
+                    return self._failure(hvp(r), hvp(r_next), hvp, v, last, steps, scale)
                 v.add_(r, alpha=self.step_size)  # only now, so that the sum before a growth is still there
-                r, last, image = r_next, last_next, image_next
+                r, last = r_next, last_next
                 smallest, image_smallest = min(smallest, last), min(image_smallest, image_norm)
                 if last < stop:
                     return self._answer(Status.CONVERGED, v, last, steps, scale)
         if self.k and last >= first * (1 - torch.finfo(b.dtype).eps):
             return self._answer(Status.NEGATIVE_CURVATURE, v, last, steps, scale)
-        return self._answer(Status.MAX_STEPS, v.add_(r, alpha=self.step_size), last, steps, scale)
+        residual = last if self.k else math.nan
+        return self._answer(Status.MAX_STEPS, v.add_(r, alpha=self.step_size), residual, steps, scale)
 
     def _answer(self, status: Status, v: Tensor, residual: float, steps: int, scale: float) -> Solution:
         """Return the solution in the units of ``b``; that the residual never grew says that ``||H||`` is some 1 / a."""
