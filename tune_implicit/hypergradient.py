@@ -469,12 +469,13 @@ def _check_no_once_differentiable(ll_loss: _Loss) -> None:
             backward = getattr(backward, "__wrapped__", None)
 
 
-def _fingerprint(params: list[nn.Parameter]) -> tuple[list[int], Tensor]:
+def _fingerprint(params: list[nn.Parameter]) -> tuple[list[int], float]:
     """Return what an edit changes: the versions, and the norm, as writing through ``.data`` leaves no version."""
-    return [param._version for param in params], norm_of([param.detach() for param in params])
+    norm = norm_of([param.detach() for param in params]).item()
+    return [param._version for param in params], 0.0 if math.isnan(norm) else norm
 
 
-def _check_unedited(params: list[nn.Parameter], before: tuple[list[int], Tensor]) -> None:
+def _check_unedited(params: list[nn.Parameter], before: tuple[list[int], float]) -> None:
     """Check that no objective has written into a parameter.
 
     Raises
@@ -482,8 +483,7 @@ def _check_unedited(params: list[nn.Parameter], before: tuple[list[int], Tensor]
     InvalidValueError
         If one has: the two losses, or a loss and its derivatives, then belong to two points.
     """
-    versions, norm = _fingerprint(params)
-    if versions != before[0] or not torch.allclose(norm, before[1], rtol=0, atol=0, equal_nan=True):
+    if _fingerprint(params) != before:
         raise InvalidValueError(
             "An objective changed a parameter in place, so that its derivatives belong to no one point. Project or "
             "clip parameters after the optimizer's step, and use Embedding without max_norm."

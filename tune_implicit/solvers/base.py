@@ -212,8 +212,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype == torch.float64:
         return torch.dot(a, b)
-    if a.device.type != "cpu" or a.numel() <= _IN_CACHE:
+    if a.device.type != "cpu":
         return (a * b).sum(dtype=torch.float64)
+    if a.numel() <= _IN_CACHE:
+        a64 = a.double()
+        return torch.dot(a64, a64 if b is a else b.double())
     # Fresh memory for as many products takes longer than the sum of them.
     pieces = zip(a.split(_IN_CACHE), b.split(_IN_CACHE), strict=True)
     return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in pieces]).sum()
