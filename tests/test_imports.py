@@ -29,6 +29,7 @@ ROOMS = [
     "batches",
     "problem",
     "products",
+    "guards",
     "hypergradient",
     "findings",
     "retraining",

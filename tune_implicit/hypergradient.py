@@ -1,18 +1,25 @@
 """The hypergradient: direct minus implicit term, with a certificate of how exact it is."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.autograd.function import once_differentiable
 
-from tune_implicit.batches import halves, tensors_of
-from tune_implicit.errors import InvalidTypeError, InvalidValueError
+from tune_implicit.batches import halves
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.guards import (
+    Loss,
+    check_devices,
+    check_second_derivatives,
+    check_unedited,
+    check_used,
+    fingerprint,
+    scalar_loss,
+    untouched,
+)
 from tune_implicit.inverse_hvp import InverseHvp
 from tune_implicit.problem import Objective, State, check_callable, check_models, named_trainable
 from tune_implicit.products import SecondOrder, check_twice_differentiable, no_autocast, twice_differentiable_kernels
@@ -21,7 +28,7 @@ from tune_implicit.settings import STOPS
 from tune_implicit.solvers import Attempt, Solution, Solver, Status
 from tune_implicit.vectors import flatten, norm_of
 
-__all__ = ["Hypergradient", "Implicit", "scalar_loss"]
+__all__ = ["Hypergradient", "Implicit"]
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,7 @@ class Implicit:
         self.ll_objective = ll_objective
         self.ll_model = ll_model
         self._stop = stop
-        self._looked_for_once_differentiable = False
+        self._second_derivatives_checked = False
         self._inverse_hvp = InverseHvp(
             solver,
             ll_learning_rate,
@@ -258,10 +265,10 @@ class Implicit:
             check_twice_differentiable("auxiliary_model", auxiliary_model)
             ll_model = auxiliary_model
         ul_params, ll_params = named_trainable(self.ul_model), list(named_trainable(ll_model).values())
-        _check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
+        check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
 
-        with _untouched(self.ul_model, ll_model), torch.enable_grad():
-            before = _fingerprint([*ul_params.values(), *ll_params])
+        with untouched(self.ul_model, ll_model), torch.enable_grad():
+            before = fingerprint([*ul_params.values(), *ll_params])
             ul_state = State(validate_data, validate_target, self.ul_model, ll_model)
             loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
             first = grad(loss, [*ll_params, *ul_params.values()], allow_unused=True)
@@ -269,17 +276,17 @@ class Implicit:
             # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
             b = b.to(torch.promote_types(_coarsest(ll_params), torch.float32))
             direct = first[len(ll_params) :]
-            ul_loss = _Loss(loss)
+            ul_loss = Loss(loss)
             del first, loss  # `b` holds a copy
 
             ll_state = State(train_data, train_target, self.ul_model, ll_model)
             with twice_differentiable_kernels(ll_model):
                 loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
-            ll_loss = _Loss(loss)
-            _check_unedited([*ul_params.values(), *ll_params], before)
-            if not self._looked_for_once_differentiable:
-                _check_no_once_differentiable(ll_loss)
-                self._looked_for_once_differentiable = True
+            ll_loss = Loss(loss)
+            check_unedited([*ul_params.values(), *ll_params], before)
+            if not self._second_derivatives_checked:
+                check_second_derivatives(ll_loss)
+                self._second_derivatives_checked = True
             noise = self._noise(ul_state, ll_params) if self._stop == "noise" else math.nan
             with no_autocast(ll_model):
                 second = SecondOrder(loss, ll_params)
@@ -290,7 +297,7 @@ class Implicit:
                 mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
         terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
-        _check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
+        check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
         gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
         result = _certified(gradients, solution, second, b, noise, ul_loss, ll_loss)
         for name, gradient in result.gradients.items():
@@ -315,40 +322,14 @@ class Implicit:
         self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
 
 
-def scalar_loss(name: str, loss: object) -> Tensor:
-    """Return ``loss`` as a scalar tensor that can be differentiated.
-
-    Raises
-    ------
-    InvalidTypeError
-        If it is not a real floating tensor.
-    InvalidValueError
-        If it has more than one entry, or depends on no parameter.
-    """
-    if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
-        raise InvalidTypeError(f"`{name}` must return a real floating tensor, got {got}.")
-    if loss.numel() != 1:
-        raise InvalidValueError(
-            f"`{name}` must return a scalar, got a tensor of shape {tuple(loss.shape)}. "
-            "Reduce it with .mean() or .sum()."
-        )
-    if not loss.requires_grad:
-        raise InvalidValueError(
-            f"`{name}` returned a loss that depends on no parameter. Compute it from `state.ll_model` and "
-            "`state.ul_model`, without .detach(), .item(), NumPy or torch.no_grad()."
-        )
-    return loss.reshape(())
-
-
 def _certified(
     gradients: dict[str, Tensor],
     solution: Solution,
     second: SecondOrder,
     b: Tensor,
     noise: float,
-    ul_loss: "_Loss",
-    ll_loss: "_Loss",
+    ul_loss: Loss,
+    ll_loss: Loss,
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
     norms = [norm_of([b]), second.stationarity, norm_of(list(gradients.values()))]
@@ -391,142 +372,6 @@ def _accumulate(param: Tensor, gradient: Tensor) -> None:
         param.grad += gradient
 
 
-def _check_devices(device: torch.device, **batches: Any) -> None:
-    for name, batch in batches.items():
-        for tensor in tensors_of(batch):
-            if tensor.device != device:
-                raise InvalidValueError(
-                    f"`{name}_data` and `{name}_target` must be on the models' device, {device}, got a tensor on "
-                    f"{tensor.device}. Move the batch with .to({str(device)!r})."
-                )
-
-
-class _Loss:
-    """A loss and its graph without its memory: a mean is as large as what it is the mean of."""
-
-    def __init__(self, loss: Tensor) -> None:
-        self.value = loss.detach().to(torch.float64, copy=True)
-        self.grad_fn = loss.grad_fn
-
-
-def _check_used(params: dict[str, Tensor], ul_loss: _Loss, ll_loss: _Loss) -> None:
-    """Check that each of ``params``, whose derivative is structurally zero, at least enters one of the losses.
-
-    Raises
-    ------
-    InvalidValueError
-        If one does not: nothing would ever move it.
-    """
-    if not params:
-        return
-    reached = _leaves(ul_loss) | _leaves(ll_loss)
-    unused = [name for name, param in params.items() if id(param) not in reached]
-    if unused:
-        raise InvalidValueError(
-            f"Neither objective uses the ul model's {', '.join(map(repr, unused))}, so no hypergradient can move it. "
-            "Use it in an objective, or freeze it with requires_grad=False. A learning rate belongs to the search."
-        )
-
-
-def _leaves(loss: _Loss) -> set[int]:
-    """Return the ids of the leaf tensors from which ``loss`` was computed."""
-    return {id(leaf) for node in _nodes(loss) if (leaf := getattr(node, "variable", None)) is not None}
-
-
-def _nodes(loss: _Loss) -> set[Any]:
-    """Return the nodes of the graph that computed ``loss``."""
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes.extend(next_node for next_node, _ in node.next_functions)
-    return seen
-
-
-# All functions that `once_differentiable` returns share it.
-_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
-
-
-def _check_no_once_differentiable(ll_loss: _Loss) -> None:
-    """Check that every custom function in ``ll_loss`` has a second derivative.
-
-    Raises
-    ------
-    InvalidValueError
-        If not. ``torch.autograd.grad`` takes it for zero, without a word.
-    """
-    for node in _nodes(ll_loss):
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        while backward is not None:
-            if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
-                raise InvalidValueError(
-                    f"`ll_objective` uses {node._forward_cls.__name__}, whose backward is marked once_differentiable: "
-                    "it has no second derivative. Use another implementation of it."
-                )
-            backward = getattr(backward, "__wrapped__", None)
-
-
-def _fingerprint(params: list[nn.Parameter]) -> tuple[list[int], float]:
-    """Return what an edit changes: the versions, and the norm, as writing through ``.data`` leaves no version."""
-    norm = norm_of([param.detach() for param in params]).item()
-    return [param._version for param in params], 0.0 if math.isnan(norm) else norm
-
-
-def _check_unedited(params: list[nn.Parameter], before: tuple[list[int], float]) -> None:
-    """Check that no objective has written into a parameter.
-
-    Raises
-    ------
-    InvalidValueError
-        If one has: the two losses, or a loss and its derivatives, then belong to two points.
-    """
-    if _fingerprint(params) != before:
-        raise InvalidValueError(
-            "An objective changed a parameter in place, so that its derivatives belong to no one point. Project or "
-            "clip parameters after the optimizer's step, and use Embedding without max_norm."
-        )
-
-
 def _coarsest(params: list[nn.Parameter]) -> torch.dtype:
     """Return the dtype that decides how many digits the products have."""
     return max((param.dtype for param in params), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-@contextmanager
-def _untouched(*models: nn.Module) -> Iterator[None]:
-    """Leave the models' modes, buffers, gradients and hooks, and the global random state, as they were.
-
-    Hooks on parameters, which clip gradients in training, would be part of every derivative taken inside.
-    """
-    params = [param for model in models for param in model.parameters()]
-    saved = [(param, param.requires_grad, param.grad, param._backward_hooks) for param in params]
-    for param in params:
-        param.grad = None
-        if param._backward_hooks:
-            param._backward_hooks = None
-    modules = [module for model in models for module in model.modules()]
-    modes = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        with preserved_rng():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for param, requires_grad, gradient, hooks in saved:
-            param.requires_grad_(requires_grad)
-            param.grad = gradient
-            if hooks:
-                param._backward_hooks = hooks
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)
-                buffer.copy_(value)

@@ -13,7 +13,8 @@ from torch.autograd import grad
 from torch.utils import _pytree as pytree
 
 from tune_implicit.batches import Batch
-from tune_implicit.hypergradient import Hypergradient, Implicit, scalar_loss
+from tune_implicit.guards import scalar_loss
+from tune_implicit.hypergradient import Hypergradient, Implicit
 from tune_implicit.problem import BilevelProblem, Objective, State, named_trainable
 from tune_implicit.products import SecondOrder, twice_differentiable_kernels
 from tune_implicit.rng import preserved_rng, seed_everything

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tune_implicit.batches import Batch, BatchStream, move
 from tune_implicit.errors import CheckpointError, DivergedError, SolveError
-from tune_implicit.hypergradient import Hypergradient, Implicit, scalar_loss
+from tune_implicit.guards import scalar_loss
+from tune_implicit.hypergradient import Hypergradient, Implicit
 from tune_implicit.problem import BilevelProblem, OptimizerFactory, State, named_trainable
 from tune_implicit.rng import get_rng_state, set_rng_state
 from tune_implicit.settings import ImplicitSettings
