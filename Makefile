@@ -16,8 +16,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The second needs Debian's package dataset-fashion-mnist.
 benchmark: setup
 	$(BIN)/python benchmarks/hypergradient.py --output benchmarks/results/hypergradient.md
+	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results
 
 setup: .venv/installed
 
