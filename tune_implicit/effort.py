@@ -1,6 +1,7 @@
 """How many iterations a solver needs on a problem."""
 
 import math
+import time
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,9 @@ K_GRID = (1, 2, 4, 8, 16, 32, 64, 128)
 _ERROR = 0.01
 
 
-def least_k(fixed: FixedProblem, damping: float, solvers: Mapping[str, Mapping[int, Solver]]) -> dict[str, float]:
+def least_k(
+    fixed: FixedProblem, damping: float, solvers: Mapping[str, Mapping[int, Solver]], deadline: float = math.inf
+) -> dict[str, float]:
     """Return by name the least ``k`` of ``K_GRID`` with which the implicit term is within 1% of MINRES's.
 
     Parameters
@@ -28,11 +31,14 @@ def least_k(fixed: FixedProblem, damping: float, solvers: Mapping[str, Mapping[i
         Added to the diagonal of the Hessian.
     solvers : mapping of str to mapping of int to Solver
         By name and ``k``.
+    deadline : float
+        When to give up, on the clock of ``time.perf_counter``.
 
     Returns
     -------
     dict of str to float
-        Infinity where none does; empty where there is nothing to compare with, as MINRES did not get there either.
+        Infinity where none does, NaN where there was no time to find out; empty where there is nothing to compare with,
+        as MINRES did not get there either.
     """
     ll_params, ul_params = fixed.ll_params(), list(fixed.ul_params().values())
     b = flatten(grad(fixed.ul_loss(), ll_params, materialize_grads=True, allow_unused=True))
@@ -53,6 +59,8 @@ def least_k(fixed: FixedProblem, damping: float, solvers: Mapping[str, Mapping[i
 
     def first_exact(by_k: Mapping[int, Solver]) -> float:
         for k, solver in by_k.items():
+            if time.perf_counter() > deadline:
+                return math.nan
             solution = solver.solve(hvp, b)
             if solution.status.failed:
                 break

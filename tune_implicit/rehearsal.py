@@ -28,6 +28,10 @@ _LANCZOS_STEPS = 30
 _BATCHES = 10
 _TIMED_STEPS = 5
 
+# What a check may take on a large model: for the least k of each solver, and for training to a minimum three times.
+_EFFORT_S = 30
+_RETRAINING_S = 60
+
 # Of the gradient that training started from, and of the ll loss that a Newton step would still take off.
 _TRAINED = 0.3
 _LEFT = 0.05
@@ -188,7 +192,7 @@ class Rehearsal:
             step_sizes["neumann_auto"] = _FASTEST * self.report.figures["largest_step_size"]
         solvers = {name: {k: make_solver(name, 1.0, k, 0.0, 0.0) for k in K_GRID} for name in ("cg", "minres")}
         solvers |= {name: {k: make_solver("neumann", a, k, 0.0, 0.0) for k in K_GRID} for name, a in step_sizes.items()}
-        needed = least_k(self.fixed, settings.damping, solvers)
+        needed = least_k(self.fixed, settings.damping, solvers, time.perf_counter() + _EFFORT_S)
         self.report.figures.update({f"k_{name}": k for name, k in needed.items()})
         if not needed:
             self.report.warn(
@@ -197,19 +201,21 @@ class Rehearsal:
                 "truncated one. A penalty on all ll weights, or `damping`, makes it solvable.",
             )
             return
-        told = [f"{name} {k if math.isfinite(k) else f'not by {K_GRID[-1]}'}" for name, k in needed.items()]
+        words = {math.inf: f"not by {K_GRID[-1]}"}
+        told = [f"{name} {'not measured' if math.isnan(k) else words.get(k, k)}" for name, k in needed.items()]
         self.report.ok("effort", f"k for 1% error of the implicit term, on these batches: {', '.join(told)}")
 
     def retrained(self) -> None:
         """Compare the hypergradient with differences of the ul loss, the ll problem solved anew."""
         if self.inspected.exact is None:
             return
-        exact = self.fixed.doubled()
+        exact = replace(self.fixed.doubled(), deadline=time.perf_counter() + _RETRAINING_S)
         if not exact.train_to_minimum():
             self.report.warn(
                 "not-solved",
-                "L-BFGS and Newton's method found no minimum of the ll problem on its first batch, so that the "
-                "hypergradient was not compared with differences of the retrained problem. Has it a minimum?",
+                "L-BFGS and Newton's method found no minimum of the ll problem on its first batch, in "
+                f"{_RETRAINING_S} s at most, so that the hypergradient was not compared with differences of the "
+                "retrained problem. Has it a minimum?",
             )
             return
         result = exact.hypergradient()

@@ -5,6 +5,7 @@ It is what a hypergradient is checked against, and too slow for anything else.
 
 import copy
 import math
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,9 @@ from tune_implicit.vectors import flatten, unflatten
 
 __all__ = ["FixedProblem"]
 
-_LBFGS_STEPS = 300
+# L-BFGS is asked for so many rounds of so many steps.
+_LBFGS_ROUNDS = 15
+_LBFGS_STEPS = 20
 _NEWTON_STEPS = 4
 _SOLVE_STEPS = 200
 
@@ -41,11 +44,14 @@ class FixedProblem:
         Of which only models and objectives are used.
     train, validate : (data, target)
         The batches.
+    deadline : float
+        When to give up training to a minimum, on the clock of ``time.perf_counter``.
     """
 
     problem: BilevelProblem
     train: Batch
     validate: Batch
+    deadline: float = math.inf
 
     def doubled(self) -> "FixedProblem":
         """Return a copy in float64."""
@@ -109,7 +115,9 @@ class FixedProblem:
         """Train the ll model to a stationary point, by L-BFGS and then Newton's method; return whether it got there."""
         params = self.ll_params()
         start = self.stationarity()
-        optimizer = torch.optim.LBFGS(params, max_iter=_LBFGS_STEPS, tolerance_grad=0, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            params, max_iter=_LBFGS_STEPS, tolerance_grad=0, history_size=10, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> Tensor:
             loss = self.ll_loss()
@@ -117,10 +125,14 @@ class FixedProblem:
                 param.grad = gradient
             return loss.detach()
 
-        optimizer.step(closure)
+        for _ in range(_LBFGS_ROUNDS):
+            before = self.ll_loss().item()
+            optimizer.step(closure)
+            if time.perf_counter() > self.deadline or self.ll_loss().item() == before:
+                break
         optimizer.zero_grad()
         for _ in range(_NEWTON_STEPS):
-            if not self._newton_step():
+            if time.perf_counter() > self.deadline or not self._newton_step():
                 break
         return self.stationarity() <= _SOLVED * max(start, 1.0)
 
