@@ -612,3 +612,16 @@ def test_reason_of_a_divergence_that_a_solver_object_does_not_explain() -> None:
 def test_messages_of_the_constructor(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**change)
+
+
+def test_a_warm_start_on_a_singular_matrix_is_no_failure() -> None:
+    # What is left of `b` is its part in the kernel, which no step takes down: measured from the start, nothing moves.
+    h = torch.cat([torch.zeros(10), torch.logspace(-1, 0, 40)])
+    one, b = make("neumann", 20, 1.0, warm_start=True), vector(50).float()
+    assert {one.solve(lambda v: h * v, b).status for _ in range(30)} == {Status.MAX_STEPS}
+
+
+@pytest.mark.parametrize("name", ["warm_start", "fallback", "verify"])
+def test_message_of_what_is_neither_true_nor_false(name: str) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be True or False, got 'no'"):
+        make("neumann", 3, 1.0, **{name: "no"})

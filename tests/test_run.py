@@ -379,3 +379,13 @@ def test_a_missing_select_data_is_told_once(output: Path) -> None:
     with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split") as told:
         run(output, problem=toy.two_splits)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("setting", [lambda x: x, float("nan")], ids=["function", "NaN"])
+def test_a_setting_without_a_value_to_compare_is_no_other_search(output: Path, setting: Any) -> None:
+    def problem(config: Any, data: Any = None) -> Any:
+        return toy.problem({"activation": config["activation"]})
+
+    settings = toy.SETTINGS | {"activation": setting}
+    run(output, n_trials=1, problem=problem, settings=settings)
+    assert len(run(output, n_trials=2, problem=problem, settings=settings, resume=True).trials) == 2

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+from tune_implicit.errors import TuneImplicitError
 from tune_implicit.findings import CheckReport, StopCheckError
 from tune_implicit.inspection import Inspection
 from tune_implicit.problem import BilevelProblem
@@ -25,7 +26,7 @@ def check(problem: BilevelProblem, settings: ImplicitSettings | None = None) -> 
     Parameters
     ----------
     problem : BilevelProblem
-        It is left as it was.
+        Its models are left as they were, and its objectives get copies of them in the state.
     settings : ImplicitSettings, optional
         Those of a trial; the defaults otherwise.
 
@@ -42,6 +43,8 @@ def check(problem: BilevelProblem, settings: ImplicitSettings | None = None) -> 
         try:
             inspection.run()
             Rehearsal(inspection, settings).run()
+        except TuneImplicitError as error:
+            report.fault("problem", str(error))
         except StopCheckError:
             report.warn("incomplete", "What comes after this fault was not looked at. Mend it, and check again.")
     return report

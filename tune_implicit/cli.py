@@ -115,6 +115,7 @@ def check(task: Path, as_json: bool) -> None:
         try:
             trial = Trial(module.problem, config, data)
             report = check_problem(trial.problem, trial.settings)
+            trial.check_config()
         except TuneImplicitError as error:
             report.fault("problem", str(error))
         if as_json:

@@ -147,7 +147,8 @@ class Implicit:
     warm_start : bool, default False
         Start each solve along the last answer, for one hvp more than from zero. :meth:`state_dict` holds it.
     preconditioner_memory : int, default 0
-        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next.
+        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next. It gains where ``H``
+        changes slowly, on full or large training batches; on small ones it may cost more than it saves.
     fallback : bool, default False
         Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
     verify : bool, default False

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ __all__ = ["Inspection"]
 _SEARCHED = re.compile(
     r"(^|[._])(log_?)?(lr|learning_?rate|step_?size|momentum|init\w*|beta\d?)($|[._])", re.IGNORECASE
 )
+
+# Of a split, to count its examples.
+_MOST_BATCHES = 1000
 
 # For differences of a loss, and of a gradient. A ReLU network's gradient jumps so often that the steps must be tiny.
 _STEPS = (1e-4, 1e-5, 1e-6, 1e-7)
@@ -91,7 +95,7 @@ class Inspection:
                 continue
             sizes[name] = 0
             try:
-                for batch in batches_of(name, data):
+                for batch in islice(batches_of(name, data), _MOST_BATCHES):
                     first.setdefault(name, move(batch, device))
                     sizes[name] += next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 1)
             except TuneImplicitError as error:
@@ -103,7 +107,7 @@ class Inspection:
                     f"`{one}` and `{other}` begin with the same batch. Where the splits are the same, ul steps overfit "
                     "what they should hold out.",
                 )
-        if sizes["validate_data"] > sizes["train_data"]:
+        if sizes["validate_data"] > sizes["train_data"] > 1:
             self.report.warn(
                 "splits-swapped",
                 f"`validate_data` holds {sizes['validate_data']} examples and `train_data` {sizes['train_data']}: are "
@@ -180,7 +184,11 @@ class Inspection:
             self.report.fault(
                 "learning-rate" if searched else "unused-ul-value",
                 f"Neither objective uses the ul model's {name!r}: its hypergradient is structurally zero. "
-                + ("It belongs to the search: read it from the config." if searched else "Use it, or freeze it."),
+                + (
+                    "It belongs to the search: read it from the config."
+                    if searched
+                    else "Take it from `state.ul_model` and use it, or freeze it."
+                ),
             )
             ul_params[name].requires_grad_(False)
         if not self.fixed.ul_params():
@@ -231,6 +239,13 @@ class Inspection:
                 "not-in-float64",
                 "An objective does not run in float64, so that nothing was compared with differences: "
                 + str(error).splitlines()[0],
+            )
+            return
+        if exact.ll_loss().item() != exact.ll_loss().item() or exact.ul_loss().item() != exact.ul_loss().item():
+            self.report.warn(
+                "not-repeatable",
+                "An objective gives another loss at every call although all global generators are the same, as from a "
+                "generator of its own, so that nothing was compared with differences.",
             )
             return
         self.exact = exact

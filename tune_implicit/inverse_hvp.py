@@ -5,6 +5,7 @@ import numbers
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class InverseHvp:
     warm_start : bool
         Whether to start along the last answer, for one hvp more than from zero.
     preconditioner_memory : int
-        Pairs of vectors that the preconditioner of CG keeps; 0 is none.
+        Pairs of vectors that the preconditioner of CG keeps; 0 is none. It gains where ``H`` changes slowly, on full or
+        large training batches; on small ones it may cost more than it saves.
     fallback : bool
         Whether to go on with MINRES, a damped system and the identity scaled where the solver fails.
     verify : bool
@@ -85,6 +87,9 @@ class InverseHvp:
         check_number("damping", damping)
         if not 0 <= damping < math.inf:
             raise InvalidValueError(f"`damping` must be 0 or more and finite, got {damping}.")
+        for name, value in (("warm_start", warm_start), ("fallback", fallback), ("verify", verify)):
+            if not isinstance(value, bool | np.bool_):
+                raise InvalidTypeError(f"`{name}` must be True or False, got {value!r}.")
         check_number("preconditioner_memory", preconditioner_memory, numbers.Integral)
         if preconditioner_memory < 0:
             raise InvalidValueError(f"`preconditioner_memory` must be 0 or more, got {preconditioner_memory}.")

@@ -1,6 +1,7 @@
 """A search's study as its ledger: opened, resumed, counted, and written out for people."""
 
 import json
+import numbers
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,11 +96,16 @@ def open_study(
         _drop_if_nothing_finished(opened, name, folder)
     study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
     # Another seed draws other trials of the same search.
-    fixed = json.loads(json.dumps({k: v for k, v in settings.items() if k != "seed"}, default=number_or_text))
+    fixed = json.loads(json.dumps({k: v for k, v in settings.items() if k != "seed"}, default=_comparable))
     _check_same_search(study, folder, space, fixed, direction, metric)
     study.set_user_attr(METRIC_ATTR, metric)
     study.set_user_attr(SETTINGS_ATTR, fixed)
     return study
+
+
+def _comparable(value: Any) -> Any:
+    """Return a number as it is, and of other objects the type: their text may hold an address."""
+    return number_or_text(value) if isinstance(value, numbers.Number) else type(value).__qualname__
 
 
 def _check_same_search(
@@ -125,7 +131,9 @@ def _check_same_search(
             "Pass the same `metric` and `mode`, or another folder."
         )
     held = study.user_attrs.get(SETTINGS_ATTR, settings)
-    if changed := sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key)):
+    if changed := sorted(
+        key for key in {*held, *settings} if json.dumps(held.get(key)) != json.dumps(settings.get(key))
+    ):
         raise InvalidValueError(
             f"The search in `output` {str(folder)!r} holds other `settings`: {', '.join(changed)} would change, from "
             f"{[held.get(key) for key in changed]} to {[settings.get(key) for key in changed]}. Pass the same, or "

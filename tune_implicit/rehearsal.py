@@ -11,6 +11,7 @@ from torch.autograd import grad
 from tune_implicit.batches import batches_of, move
 from tune_implicit.effort import K_GRID, least_k
 from tune_implicit.errors import DivergedError
+from tune_implicit.evaluation import evaluate
 from tune_implicit.findings import AGREES, CheckReport
 from tune_implicit.inspection import Inspection
 from tune_implicit.problem import BilevelProblem
@@ -85,6 +86,7 @@ class Rehearsal:
     def run(self) -> None:
         """Train, and look at everything, up to the first fault that nothing can follow."""
         self.training()
+        self.evaluation()
         self.curvature()
         self.solver()
         self.retrained()
@@ -107,7 +109,7 @@ class Rehearsal:
         ul_loss, ll_loss = self.fixed.ul_loss().item(), self.fixed.ll_loss().item()
         if not (math.isfinite(ul_loss) and math.isfinite(ll_loss)):
             self.report.stop("non-finite", f"After {steps} ll steps the ul loss is {ul_loss}, the ll loss {ll_loss}.")
-        if after > _TRAINED * before and self._still_to_gain() > _LEFT:
+        if steps and after > _TRAINED * before and self._still_to_gain() > _LEFT:
             self.report.fault(
                 "not-at-minimum",
                 f"After all {steps} ll steps of a trial ||df/dw|| is {after:.2g}, {after / before:.0%} of what it was "
@@ -116,14 +118,30 @@ class Rehearsal:
             )
         ul_before, ll_before = self.inspected.ul_loss, self.inspected.ll_loss
         if ll_loss < ll_before and ul_loss > ul_before + _ROSE * abs(ul_before):
-            self.report.fault(
-                "wrong-sign",
+            seen = (
                 f"Training lowered the ll loss from {ll_before:.4g} to {ll_loss:.4g} and raised the ul loss from "
-                f"{ul_before:.4g} to {ul_loss:.4g}. Has one of them the wrong sign? Both are minimised.",
+                f"{ul_before:.4g} to {ul_loss:.4g}."
             )
+            if ul_before < 0:
+                self.report.fault("wrong-sign", f"{seen} Has one of them the wrong sign? Both are minimised.")
+            else:
+                self.report.warn(
+                    "wrong-sign",
+                    f"{seen} Either the ll model overfits, which the ul values may mend, or one of them has the wrong "
+                    "sign: both are minimised.",
+                )
         self.report.ok(
             "training", f"{steps} ll steps: ll loss {ll_loss:.4g}, ||df/dw|| from {before:.2g} to {after:.2g}"
         )
+
+    def evaluation(self) -> None:
+        """Measure what trials are compared on, and the user's metrics."""
+        problem = self.problem
+        name = "validate_data" if problem.select_data is None else "select_data"
+        functions = {"select_loss": problem.ul_objective, **problem.metrics}
+        for metric, value in evaluate(problem, name, getattr(problem, name), functions).items():
+            if not math.isfinite(value):
+                self.report.fault("non-finite", f"`{metric}` is {value} on `{name}`: every trial would fail.")
 
     def _mean_gradient(self) -> float:
         """Return the norm of the ll gradient's mean over the first batches of the training data."""
@@ -194,12 +212,13 @@ class Rehearsal:
         solvers |= {name: {k: make_solver("neumann", a, k, 0.0, 0.0) for k in K_GRID} for name, a in step_sizes.items()}
         needed = least_k(self.fixed, settings.damping, solvers, time.perf_counter() + _EFFORT_S)
         self.report.figures.update({f"k_{name}": k for name, k in needed.items()})
-        if not needed:
+        if not needed and not self.report.faults:
             self.report.warn(
                 "effort",
                 "The system is so ill-conditioned that MINRES did not solve it: every hypergradient here is a "
                 "truncated one. A penalty on all ll weights, or `damping`, makes it solvable.",
             )
+        if not needed:
             return
         words = {math.inf: f"not by {K_GRID[-1]}"}
         told = [f"{name} {'not measured' if math.isnan(k) else words.get(k, k)}" for name, k in needed.items()]
@@ -257,4 +276,9 @@ class Rehearsal:
             taken.append(time.perf_counter() - start)
         ul_step, ll_step = min(taken), self.report.figures["ll_step_s"]
         self.report.figures["ul_step_s"] = ul_step
-        self.report.ok("cost", f"one ul step takes {ul_step:.3g} s, as long as {ul_step / ll_step:.1f} ll steps")
+        compared = (
+            f", as long as {ul_step / ll_step:.1f} ll steps"
+            if self.settings.warmup_ll_steps + self.settings.ll_steps
+            else ""
+        )
+        self.report.ok("cost", f"one ul step takes {ul_step:.3g} s{compared}")

@@ -126,9 +126,19 @@ class Trial:
             if not math.isfinite(value):
                 raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
         record |= _certificate(steps[-1].hypergradient, self.settings.solver) | self._counters()
-        self._config.check_all_read()
+        self.check_config()
         self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
         return record
+
+    def check_config(self) -> None:
+        """Check that every key of the config is a setting, or has been read by now.
+
+        Raises
+        ------
+        InvalidValueError
+            If there is a key that no one reads.
+        """
+        self._config.check_all_read()
 
     def failure_record(self, reason: str) -> Record:
         """Return the last record of a trial that failed: its counters, its ``failure``, and infinity for each metric.

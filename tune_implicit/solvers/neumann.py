@@ -105,13 +105,14 @@ class NeumannSeries:
         if known is not None:
             return known
         b = scaled(b, scale)
-        stop = stopping_norm(self.tolerance / scale, self.rtol, norm(b).item(), b.dtype)
+        b_norm = norm(b).item()
+        stop = stopping_norm(self.tolerance / scale, self.rtol, b_norm, b.dtype)
         v, r = start(hvp, b, v0 if self.k else None, definite=True)
-        first = last = norm(r).item()
+        last = norm(r).item()
         if last < stop:
             return self._answer(Status.CONVERGED, v, last, 0, scale)
         if not math.isfinite(last):
-            return self._answer(Status.NON_FINITE, torch.zeros_like(v), norm(b).item(), 0, scale)
+            return self._answer(Status.NON_FINITE, torch.zeros_like(v), b_norm, 0, scale)
         steps, smallest, image_smallest = 0, last, math.inf
         at_once, rounding = steps_between_checks(b), _ROUNDINGS * torch.finfo(b.dtype).eps / self.step_size
         while steps < self.k:
@@ -134,7 +135,7 @@ class NeumannSeries:
                 smallest, image_smallest = min(smallest, last), min(image_smallest, image_norm)
                 if last < stop:
                     return self._answer(Status.CONVERGED, v, last, steps, scale)
-        if self.k and last >= first * (1 - torch.finfo(b.dtype).eps):
+        if self.k and last >= b_norm * (1 - torch.finfo(b.dtype).eps):
             return self._answer(Status.NEGATIVE_CURVATURE, v, last, steps, scale)
         residual = last if self.k else math.nan
         return self._answer(Status.MAX_STEPS, v.add_(r, alpha=self.step_size), residual, steps, scale)
