@@ -12,7 +12,7 @@ from tune_implicit.batches import Batch, batches_of, move, tensors_of
 from tune_implicit.derivatives import directional_error, once_differentiable_modules
 from tune_implicit.errors import InvalidTypeError, InvalidValueError, TuneImplicitError
 from tune_implicit.findings import AGREES, CheckReport, StopCheckError
-from tune_implicit.problem import BilevelProblem
+from tune_implicit.problem import NO_SELECT_DATA, BilevelProblem
 from tune_implicit.retraining import FixedProblem
 from tune_implicit.solvers.spectrum import random_direction
 from tune_implicit.vectors import flatten
@@ -87,11 +87,7 @@ class Inspection:
         for name in ("train_data", "validate_data", "select_data"):
             data = getattr(self.problem, name)
             if data is None:
-                self.report.warn(
-                    "no-select-data",
-                    "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised. "
-                    "Hold out a third split.",
-                )
+                self.report.warn("no-select-data", NO_SELECT_DATA)
                 continue
             sizes[name] = 0
             try:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from tune_implicit.batches import Batch, check_split
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 
-__all__ = ["BilevelProblem", "Metric", "Objective", "OptimizerFactory", "State", "check_models", "named_trainable"]
+__all__ = [
+    "NO_SELECT_DATA",
+    "BilevelProblem",
+    "Metric",
+    "Objective",
+    "OptimizerFactory",
+    "State",
+    "check_models",
+    "named_trainable",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class OptimizerFactory(Protocol):
         """Return an optimizer of ``params``."""
         ...
 
+
+NO_SELECT_DATA = (
+    "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the search then "
+    "favours the trial that overfits it most. Hold out a third split."
+)
 
 # The names under which a trial reports its own numbers.
 RESERVED_METRICS = frozenset(
@@ -143,6 +157,11 @@ class BilevelProblem:
                 f"`metrics` must not use names that a trial itself reports, got {', '.join(sorted(taken))}. "
                 "Rename them."
             )
+
+    @property
+    def selected_on(self) -> str:
+        """The split that trials are compared on: ``"select_data"``, or ``"validate_data"`` where there is none."""
+        return "validate_data" if self.select_data is None else "select_data"
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:

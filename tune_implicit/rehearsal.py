@@ -136,8 +136,7 @@ class Rehearsal:
 
     def evaluation(self) -> None:
         """Measure what trials are compared on, and the user's metrics."""
-        problem = self.problem
-        name = "validate_data" if problem.select_data is None else "select_data"
+        problem, name = self.problem, self.problem.selected_on
         functions = {"select_loss": problem.ul_objective, **problem.metrics}
         for metric, value in evaluate(problem, name, getattr(problem, name), functions).items():
             if not math.isfinite(value):

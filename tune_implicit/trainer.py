@@ -17,11 +17,14 @@ from tune_implicit.problem import BilevelProblem, OptimizerFactory, State, named
 from tune_implicit.rng import get_rng_state, set_rng_state
 from tune_implicit.settings import ImplicitSettings
 
-__all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step", "make_implicit"]
+__all__ = ["COUNTERS", "FORMAT_VERSION", "BilevelTrainer", "Step", "make_implicit"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+
+# What a trainer counts, by the names of its attributes.
+COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class BilevelTrainer:
             "implicit": self._implicit.state_dict(),
             "failures_in_a_row": self._failures_in_a_row,
             "data": {"train": self._train.state_dict(), "validate": self._validate.state_dict()},
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "counters": {name: getattr(self, name) for name in COUNTERS},
             "rng": get_rng_state(),
         }
 
@@ -247,7 +250,7 @@ class BilevelTrainer:
             ) from error
         self._implicit.load_state_dict(state["implicit"])
         self._failures_in_a_row = state["failures_in_a_row"]
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         self._train.load_state_dict(state["data"]["train"])
         self._validate.load_state_dict(state["data"]["validate"])
@@ -275,9 +278,6 @@ def make_implicit(problem: BilevelProblem, settings: ImplicitSettings) -> Implic
         fallback=settings.on_failure == "fallback",
         verify=settings.verify,
     )
-
-
-_COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
 
 
 def _make_optimizer(factory: OptimizerFactory, params: list[Any], learning_rate: float) -> torch.optim.Optimizer:

@@ -14,11 +14,10 @@ from tune_implicit.hypergradient import Hypergradient
 from tune_implicit.problem import BilevelProblem, named_trainable
 from tune_implicit.rng import seed_everything
 from tune_implicit.settings import ImplicitSettings, TrackedConfig
-from tune_implicit.trainer import BilevelTrainer, Step
+from tune_implicit.trainer import COUNTERS, BilevelTrainer, Step
 
 __all__ = [
     "CHECKPOINT_FILE",
-    "NO_SELECT_DATA",
     "TRIAL_FAILURES",
     "ProblemFactory",
     "Record",
@@ -32,10 +31,6 @@ Record = dict[str, Any]
 ProblemFactory = Callable[..., BilevelProblem]
 
 CHECKPOINT_FILE = "trial.pt"
-NO_SELECT_DATA = (
-    "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the search then "
-    "favours the trial that overfits it most. Hold out a third split."
-)
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 QUANTILE_SAMPLE = 10_000
 
@@ -92,11 +87,6 @@ class Trial:
         return self.trainer.ul_step >= self.settings.ul_steps
 
     @property
-    def selected_on(self) -> str:
-        """The split that trials are compared on: ``"select_data"``, or ``"validate_data"`` where there is none."""
-        return "validate_data" if self.problem.select_data is None else "select_data"
-
-    @property
     def record(self) -> Record:
         """The last record."""
         return {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
@@ -149,7 +139,7 @@ class Trial:
         return unknown | self._counters() | {"failure": reason}
 
     def _losses(self, steps: list[Step]) -> Record:
-        problem, name = self.problem, self.selected_on
+        problem, name = self.problem, self.problem.selected_on
         selected = evaluate(
             problem, name, getattr(problem, name), {"select_loss": problem.ul_objective, **problem.metrics}
         )
@@ -169,10 +159,9 @@ class Trial:
 
     def _counters(self) -> Record:
         trainer = self.trainer
-        names = ("skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations", "ul_step", "ll_step")
-        return {name: getattr(trainer, name) for name in names} | {
+        return {name: getattr(trainer, name) for name in COUNTERS} | {
             "completed": self.completed,
-            "selected_on": self.selected_on,
+            "selected_on": self.problem.selected_on,
         }
 
     def _ul_quantiles(self) -> dict[str, list[float]]:

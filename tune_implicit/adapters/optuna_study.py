@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.artifacts import download_artifact, get_all_artifact_meta, upload_artifact
 
+from tune_implicit.problem import NO_SELECT_DATA
 from tune_implicit.rng import preserved_rng
 from tune_implicit.study import (
     CHECKPOINT_ATTR,
@@ -26,7 +27,6 @@ from tune_implicit.study import (
 )
 from tune_implicit.trial import (
     CHECKPOINT_FILE,
-    NO_SELECT_DATA,
     TRIAL_FAILURES,
     ProblemFactory,
     Record,
@@ -131,7 +131,7 @@ class ImplicitObjective:
     def _run(self, config: dict[str, Any], optuna_trial: optuna.Trial) -> tuple[Record, str | None]:
         """Run and save the trial of ``config``, and return its last record and why it failed, if it did."""
         trial = Trial(self.problem, config, self.data)
-        if trial.selected_on != "select_data" and not self._warned:
+        if trial.problem.selected_on != "select_data" and not self._warned:
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
             self._warned = True
         self._resume(trial, optuna_trial)

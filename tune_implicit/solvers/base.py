@@ -7,7 +7,7 @@ are flat ``(n,)`` tensors of one floating dtype on one device; norms are Euclide
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -115,7 +115,7 @@ class Solution:
     lambda_min: float = math.nan
     lambda_max: float = math.nan
     damping: float = 0.0
-    attempts: tuple[Attempt, ...] = field(default=())
+    attempts: tuple[Attempt, ...] = ()
 
 
 class Solver(Protocol):

@@ -8,7 +8,8 @@ from typing import Any
 
 from ray import tune
 
-from tune_implicit.trial import CHECKPOINT_FILE, NO_SELECT_DATA, TRIAL_FAILURES, ProblemFactory, Record, Trial
+from tune_implicit.problem import NO_SELECT_DATA
+from tune_implicit.trial import CHECKPOINT_FILE, TRIAL_FAILURES, ProblemFactory, Record, Trial
 
 __all__ = ["ImplicitTrainable"]
 
@@ -45,7 +46,7 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         # Built by the call that first needs it. A mistake then reaches the search as itself, where one in an actor's
         # constructor only kills the actor; and the trial before it is gone from memory.
         trial = Trial(self._problem, self._own_config, self._data)
-        if trial.selected_on != "select_data":
+        if trial.problem.selected_on != "select_data":
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
         return trial
 

@@ -18,7 +18,8 @@ from ray.tune.schedulers import TrialScheduler
 from tune_implicit.adapters.ray_tune.searcher import ImplicitOptunaSearch
 from tune_implicit.adapters.ray_tune.trainable import ImplicitTrainable
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.trial import NO_SELECT_DATA, ProblemFactory, Record
+from tune_implicit.problem import NO_SELECT_DATA
+from tune_implicit.trial import ProblemFactory, Record
 
 __all__ = ["PatientSearch", "run_tuner"]
 
