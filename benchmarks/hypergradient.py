@@ -39,8 +39,8 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
-from tune_implicit.hypergradient import Implicit
-from tune_implicit.problem import State
+from tune_implicit.hypergradients.implicit import Implicit
+from tune_implicit.hypergradients.state import State
 
 K = 20
 WARM_UP_ROUNDS = 2

@@ -43,14 +43,16 @@ from torch.autograd import grad
 from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from tune_implicit.hypergradient import Implicit
-from tune_implicit.inverse_hvp import InverseHvp
-from tune_implicit.problem import State
-from tune_implicit.products import SecondOrder
-from tune_implicit.solvers import ConjugateGradient, Hvp, Minres, Solution, Status
-from tune_implicit.solvers.base import dot, norm, start
-from tune_implicit.solvers.spectrum import random_direction
-from tune_implicit.vectors import flatten, unflatten
+from tune_implicit.hypergradients.implicit import Implicit
+from tune_implicit.hypergradients.inverse_hvp import InverseHvp
+from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.solvers.arithmetic import dot, norm, start
+from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
+from tune_implicit.hypergradients.solvers.minres import Minres
+from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
+from tune_implicit.hypergradients.solvers.spectrum import random_direction
+from tune_implicit.hypergradients.state import State
+from tune_implicit.hypergradients.vectors import flatten, unflatten
 
 UL_STEPS = 100
 TENTHS = range(0, UL_STEPS, 10)

@@ -21,8 +21,8 @@ ROOT = Path(tune_implicit.__file__).parent.parent
 
 TASK = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from tests import toy
-from tests.toy import problem, SPACE as space, SETTINGS as settings
+from tests.support import toy
+from tests.support.toy import problem, SPACE as space, SETTINGS as settings
 """
 
 
@@ -270,7 +270,7 @@ def test_a_mistake_on_ray_is_told_in_one_line() -> None:
 
 CHECKED = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from tests.test_checkup import working, {imported}
+from tests.support.working import working, {imported}
 
 def problem(config):
     assert 1 <= config["k"] <= 64

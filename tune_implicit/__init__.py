@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tune_implicit.checkup import check
+from tune_implicit.checks.check import check
+from tune_implicit.checks.findings import CheckReport
 from tune_implicit.errors import (
     CheckpointError,
     DivergedError,
@@ -14,33 +15,28 @@ from tune_implicit.errors import (
     StorageError,
     TuneImplicitError,
 )
-from tune_implicit.findings import CheckReport
-from tune_implicit.hypergradient import Hypergradient, Implicit
-from tune_implicit.problem import BilevelProblem, State
-from tune_implicit.settings import ImplicitSettings
-from tune_implicit.solvers import (
-    Attempt,
-    ConjugateGradient,
-    Damped,
-    DenseSolve,
-    Fallback,
-    Minres,
-    NeumannSeries,
-    QuasiNewton,
-    Solution,
-    Solver,
-    Status,
-)
-from tune_implicit.trainer import BilevelTrainer
+from tune_implicit.hypergradients.certificate import Hypergradient
+from tune_implicit.hypergradients.implicit import Implicit
+from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
+from tune_implicit.hypergradients.solvers.dense import DenseSolve
+from tune_implicit.hypergradients.solvers.fallback import Damped, Fallback
+from tune_implicit.hypergradients.solvers.minres import Minres
+from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
+from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
+from tune_implicit.hypergradients.solvers.solution import Attempt, Solution, Solver, Status
+from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.problem import BilevelProblem
+from tune_implicit.trials.settings import ImplicitSettings
+from tune_implicit.trials.trainer import BilevelTrainer
 
 if TYPE_CHECKING:
-    from tune_implicit.adapters.optuna_study import ImplicitObjective
-    from tune_implicit.adapters.ray_tune.searcher import ImplicitOptunaSearch
-    from tune_implicit.adapters.ray_tune.trainable import ImplicitTrainable
-    from tune_implicit.ledger import Progress
-    from tune_implicit.report import write_report
-    from tune_implicit.results import SearchResult, TrialResult, load_search
-    from tune_implicit.run import search
+    from tune_implicit.searches.engines.optuna_study import ImplicitObjective
+    from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
+    from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
+    from tune_implicit.searches.ledger import Progress
+    from tune_implicit.searches.report import write_report
+    from tune_implicit.searches.results import SearchResult, TrialResult, load_search
+    from tune_implicit.searches.search import search
 
 __all__ = [
     "Attempt",
@@ -83,15 +79,15 @@ __all__ = [
 
 # Loaded when first asked for: the engines, and what rests on them, take seconds to import.
 _LAZY = {
-    "ImplicitObjective": "tune_implicit.adapters.optuna_study",
-    "ImplicitOptunaSearch": "tune_implicit.adapters.ray_tune.searcher",
-    "ImplicitTrainable": "tune_implicit.adapters.ray_tune.trainable",
-    "Progress": "tune_implicit.ledger",
-    "SearchResult": "tune_implicit.results",
-    "TrialResult": "tune_implicit.results",
-    "load_search": "tune_implicit.results",
-    "search": "tune_implicit.run",
-    "write_report": "tune_implicit.report",
+    "ImplicitObjective": "tune_implicit.searches.engines.optuna_study",
+    "ImplicitOptunaSearch": "tune_implicit.searches.engines.ray_tune.searcher",
+    "ImplicitTrainable": "tune_implicit.searches.engines.ray_tune.trainable",
+    "Progress": "tune_implicit.searches.ledger",
+    "SearchResult": "tune_implicit.searches.results",
+    "TrialResult": "tune_implicit.searches.results",
+    "load_search": "tune_implicit.searches.results",
+    "search": "tune_implicit.searches.search",
+    "write_report": "tune_implicit.searches.report",
 }
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tune_implicit.checks.findings import CheckReport
 from tune_implicit.errors import InvalidValueError, NoCompletedTrialError, TuneImplicitError
-from tune_implicit.findings import CheckReport
 
 if TYPE_CHECKING:
-    from tune_implicit.ledger import Progress
+    from tune_implicit.searches.ledger import Progress
 
 __all__ = ["main"]
 
@@ -56,11 +56,10 @@ def run(
     with _Told():
         module = _load_task(task)
         if backend == "ray":
-            from ray import cloudpickle
+            from tune_implicit.searches.engines.ray_tune.cluster import ship_by_value
 
-            # By reference, a worker on another machine would look for the task file there.
-            cloudpickle.register_pickle_by_value(module)
-        from tune_implicit.run import search
+            ship_by_value(module)
+        from tune_implicit.searches.search import search
 
         result = search(
             module.problem,
@@ -104,9 +103,9 @@ def check(task: Path, as_json: bool) -> None:
     """
     with _Told():
         module = _load_task(task)
-        from tune_implicit.checkup import check as check_problem
-        from tune_implicit.study import check_space, middle_config
-        from tune_implicit.trial import Trial
+        from tune_implicit.checks.check import check as check_problem
+        from tune_implicit.searches.space import check_space, middle_config
+        from tune_implicit.trials.trial import Trial
 
         check_space(module.space)
         config = dict(getattr(module, "settings", None) or {}) | middle_config(module.space)
@@ -130,7 +129,7 @@ def check(task: Path, as_json: bool) -> None:
 def report(directory: Path) -> None:
     """Write report.html for the search in DIRECTORY, or for all searches in its subfolders."""
     with _Told():
-        from tune_implicit.report import write_report
+        from tune_implicit.searches.report import write_report
 
         click.echo(str(write_report(directory)))
 

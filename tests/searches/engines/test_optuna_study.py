@@ -1,0 +1,320 @@
+"""ImplicitObjective in an ordinary study."""
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.support import toy
+from tests.support.toy import PruneAt
+from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError
+from tune_implicit.searches.outcome import INTERRUPTED
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+def objective(space: Any = None, **arguments: Any) -> ImplicitObjective:
+    arguments.setdefault("settings", toy.SETTINGS)
+    return ImplicitObjective(arguments.pop("problem", toy.problem), space or toy.SPACE, **arguments)
+
+
+def new_study(**arguments: Any) -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), **arguments)
+
+
+def run_one(objective: ImplicitObjective, study: optuna.Study | None = None, **params: Any) -> FrozenTrial:
+    study = study or new_study()
+    study.enqueue_trial({**toy.PARAMS, **params})
+    study.optimize(objective, n_trials=1)
+    return study.trials[-1]
+
+
+def test_a_trial_completes_with_its_value_and_metrics() -> None:
+    trial = run_one(objective())
+    assert trial.state is TrialState.COMPLETE
+    assert trial.user_attrs["metrics"]["select_loss"] == trial.value
+    assert trial.user_attrs["metrics"]["completed"] is True
+    assert {"validate_loss", "error", "hvps", "solver_status", "gradient_evaluations"} <= set(
+        trial.user_attrs["metrics"]
+    )
+    assert "failure" not in trial.user_attrs
+    assert "config" not in trial.user_attrs  # its params are its config
+
+
+def test_every_record_is_reported_at_its_ul_step() -> None:
+    trial = run_one(objective())
+    assert list(trial.intermediate_values) == [2, 4, 6]
+    assert trial.intermediate_values[6] == trial.value
+
+
+def test_any_metric_of_the_record_is_the_value() -> None:
+    trial = run_one(objective(metric="error"), new_study(direction="maximize"))
+    assert trial.value == trial.user_attrs["metrics"]["error"]
+
+
+def test_a_pruned_trial_keeps_its_last_value() -> None:
+    trial = run_one(objective(), new_study(pruner=PruneAt(4)))
+    assert trial.state is TrialState.PRUNED
+    assert trial.value == trial.intermediate_values[4] == trial.user_attrs["metrics"]["select_loss"]
+    assert trial.user_attrs["metrics"]["ul_step"] == 4
+    assert "failure" not in trial.user_attrs
+
+
+def test_a_pruner_has_no_say_at_the_last_step() -> None:
+    assert run_one(objective(), new_study(pruner=PruneAt(6))).state is TrialState.COMPLETE
+
+
+def test_optunas_own_pruners_prune() -> None:
+    study = new_study(pruner=optuna.pruners.ThresholdPruner(upper=-1.0))
+    assert run_one(objective(), study).state is TrialState.PRUNED
+
+
+def test_a_diverging_trial_fails_with_its_reason_and_the_study_goes_on() -> None:
+    study = new_study()
+    for fault in ("nan", "none", "nan"):
+        run_one(objective(toy.faulty("none", "nan")), study, fault=fault)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]
+    assert "The ll loss became nan" in study.trials[0].user_attrs["failure"]
+    assert study.best_trial.number == 1
+
+
+def test_a_failed_solve_fails_the_trial_if_asked_to() -> None:
+    settings = {**toy.SETTINGS, "on_failure": "raise"}
+    trial = run_one(objective(toy.faulty("indefinite"), settings=settings), fault="indefinite")
+    assert trial.state is TrialState.FAIL
+    assert "negative_curvature" in trial.user_attrs["failure"]
+
+
+def test_a_skipped_solve_is_counted() -> None:
+    trial = run_one(objective(toy.faulty("indefinite")), fault="indefinite")
+    assert trial.state is TrialState.COMPLETE
+    assert trial.user_attrs["metrics"]["skipped_ul_steps"] == 6
+
+
+@pytest.mark.parametrize("fault", ["mistake", "mistake at once"])
+def test_a_mistake_of_the_users_ends_the_study_and_says_why(fault: str) -> None:
+    study = new_study()
+    with pytest.raises(toy.MistakeError, match="is wrong"):
+        run_one(objective(toy.faulty(fault)), study, fault=fault)
+    assert study.trials[0].state is TrialState.FAIL
+    assert "It raised MistakeError: the" in study.trials[0].user_attrs["failure"]
+
+
+@pytest.mark.parametrize("place", ["space", "factory", "training"])
+def test_ctrl_c_anywhere_in_a_trial_leaves_it_marked_as_interrupted(place: str) -> None:
+    def problem(config: Any) -> Any:
+        if place == "factory":
+            raise KeyboardInterrupt
+        made = toy.problem(config)
+        made.metrics["press"] = press
+        return made
+
+    def press(state: Any) -> float:
+        raise KeyboardInterrupt
+
+    def space(trial: optuna.Trial) -> None:
+        trial.suggest_int("k", 1, 8)
+        if place == "space":
+            raise KeyboardInterrupt
+
+    study = new_study()
+    with pytest.raises(KeyboardInterrupt):
+        run_one(objective(space, problem=problem), study)
+    assert study.trials[0].state is TrialState.FAIL
+    assert study.trials[0].user_attrs["failure"] == INTERRUPTED
+
+
+def test_no_number_in_a_study_is_nan(tmp_path: Path) -> None:
+    study = new_study()
+    space = toy.faulty("none", "nan", "indefinite")
+    study.optimize(objective(space, artifact_store=FileSystemArtifactStore(tmp_path)), n_trials=8)
+    numbers = [value for trial in study.trials for value in trial.user_attrs["metrics"].values()]
+    numbers += [value for trial in study.trials for value in trial.intermediate_values.values()]
+    numbers += [trial.value for trial in study.trials if trial.state is not TrialState.FAIL]
+    assert len(numbers) > 50
+    assert all(math.isfinite(number) for number in numbers if not isinstance(number, str))
+
+
+def test_a_key_that_no_one_reads_is_an_error() -> None:
+    space = {**toy.SPACE, "ul_learning_rat": FloatDistribution(0.1, 1.0)}
+    with pytest.raises(InvalidValueError, match=r"'ul_learning_rat' \(did you mean 'ul_learning_rate'\?\)"):
+        run_one(objective(space))
+
+
+def test_a_setting_out_of_range_is_an_error() -> None:
+    with pytest.raises(InvalidValueError, match="`k` must be 0 or more, got -1"):
+        run_one(objective({"k": CategoricalDistribution([-1])}), k=-1)
+
+
+def test_an_unknown_metric_is_an_error_that_names_the_known() -> None:
+    with pytest.raises(InvalidValueError, match=r"'accuracy' is reported by no one.*The trial reports .*error, "):
+        run_one(objective(metric="accuracy"))
+
+
+@pytest.mark.parametrize("metric", ["solver_status", "completed"])
+def test_a_metric_that_is_no_number_is_an_error(metric: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"{metric!r} is reported by no one"):
+        run_one(objective(metric=metric))
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "must name at least one setting"),
+        ({"k": 3}, r"`space`\['k'\] must be an Optuna distribution, got 3"),
+        ([("k", 3)], "must be a dict of Optuna distributions or a callable"),
+    ],
+)
+def test_a_space_is_checked_at_once(space: Any, message: str) -> None:
+    with pytest.raises((InvalidValueError, InvalidTypeError), match=message):
+        ImplicitObjective(toy.problem, space)
+
+
+def test_a_define_by_run_space_returns_the_whole_config() -> None:
+    seen = {}
+
+    def space(trial: optuna.Trial) -> dict[str, Any]:
+        exponent = trial.suggest_float("exponent", -3, -1)
+        return {"ll_learning_rate": 10**exponent, "k": np.int64(4)}
+
+    def problem(config: Any) -> Any:
+        seen.update(config)
+        return toy.problem(config)
+
+    study = new_study()
+    study.optimize(objective(space, problem=problem), n_trials=1)
+    (trial,) = study.trials
+    assert set(trial.params) == {"exponent"}
+    # NumPy's numbers, which JSON does not know, stay numbers.
+    assert trial.user_attrs["config"] == {"ll_learning_rate": 10 ** trial.params["exponent"], "k": 4}
+    assert seen == {**toy.SETTINGS, **trial.user_attrs["config"]}
+
+
+def test_a_define_by_run_space_that_returns_nothing_means_its_params() -> None:
+    def space(trial: optuna.Trial) -> None:
+        trial.suggest_int("k", 1, 4)
+
+    study = new_study()
+    study.optimize(objective(space), n_trials=1)
+    assert study.trials[0].state is TrialState.COMPLETE
+    assert "config" not in study.trials[0].user_attrs
+
+
+def test_a_define_by_run_space_that_returns_something_else_is_an_error() -> None:
+    with pytest.raises(InvalidTypeError, match=r"`space\(trial\)` must return the config as a dict"):
+        new_study().optimize(objective(lambda trial: trial.suggest_int("k", 1, 4)), n_trials=1)
+
+
+def test_settings_stand_under_the_space() -> None:
+    trial = run_one(objective(settings={**toy.SETTINGS, "k": 7, "ul_steps": 2}))
+    assert trial.params["k"] == 3
+    assert trial.user_attrs["metrics"]["ul_step"] == 2
+
+
+def test_data_is_the_factorys_second_argument() -> None:
+    seen = []
+
+    def problem(config: Any, data: Any) -> Any:
+        seen.append(data)
+        return toy.problem(config)
+
+    arrays = {"x": 1}
+    run_one(objective(problem=problem, data=arrays))
+    assert seen == [arrays]
+
+
+def test_equal_params_give_equal_bits() -> None:
+    one, other = run_one(objective()), run_one(objective())
+    assert one.value == other.value
+    assert one.value != run_one(objective(settings={**toy.SETTINGS, "seed": 1})).value
+
+
+@pytest.mark.parametrize("fault", ["none", "nan", "mistake"])
+def test_the_global_random_state_is_left_as_it_was(fault: str) -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    expected = draws()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    try:
+        run_one(objective(toy.faulty(fault)), fault=fault)
+    except toy.MistakeError:
+        assert fault == "mistake"
+    assert draws() == expected
+
+
+def test_a_trial_is_saved_with_its_ul_values(tmp_path: Path) -> None:
+    store = FileSystemArtifactStore(tmp_path)
+    trial = run_one(objective(artifact_store=store, checkpoint_frequency=1))
+    # Each save takes the place of the one before.
+    assert [path.name for path in tmp_path.iterdir()] == [trial.user_attrs["checkpoint"]]
+    saved = torch.load(tmp_path / trial.user_attrs["checkpoint"], weights_only=True)
+    assert saved["trainer"]["ul_model"]["log_l2"] != -3.0
+    assert saved["history"][-1]["select_loss"] == trial.value
+
+
+@pytest.mark.parametrize("reports", [1, 2])
+def test_a_killed_trial_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path, reports: int) -> None:
+    expected = run_one(objective())
+    measured = 0
+
+    def killed(config: Any) -> Any:
+        made = toy.problem(config)
+        made.metrics["error"] = count
+        return made
+
+    def count(state: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        if measured == reports + 1:
+            raise toy.MistakeError("the power went out")
+        return toy.error(state)
+
+    store, study = FileSystemArtifactStore(tmp_path), new_study()
+    with pytest.raises(toy.MistakeError):
+        run_one(objective(problem=killed, artifact_store=store, checkpoint_frequency=1), study)
+    checkpoint = study.trials[0].user_attrs["checkpoint"]
+    study.enqueue_trial(study.trials[0].params, user_attrs={"checkpoint": checkpoint})
+    study.optimize(objective(problem=killed, artifact_store=store, checkpoint_frequency=1), n_trials=1)
+    trial = study.trials[1]
+    assert trial.value == expected.value
+    assert trial.user_attrs["metrics"] == expected.user_attrs["metrics"]
+    assert measured == 4  # what was done is not done again
+
+
+def test_a_trial_that_begins_from_anothers_checkpoint_leaves_it_alone(tmp_path: Path) -> None:
+    store, study = FileSystemArtifactStore(tmp_path), new_study()
+    donor = run_one(objective(artifact_store=store), study)
+    checkpoint = donor.user_attrs["checkpoint"]
+    study.enqueue_trial(donor.params, user_attrs={"checkpoint": checkpoint})
+    longer = {**toy.SETTINGS, "ul_steps": 12}
+    study.optimize(objective(settings=longer, artifact_store=store, checkpoint_frequency=1), n_trials=1)
+    assert study.trials[1].user_attrs["metrics"]["ul_step"] == 12
+    assert study.trials[1].value == run_one(objective(settings=longer)).value
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint, study.trials[1].user_attrs["checkpoint"]}
+
+
+def test_a_failed_trial_is_saved_as_well(tmp_path: Path) -> None:
+    store = FileSystemArtifactStore(tmp_path)
+    trial = run_one(objective(toy.faulty("nan"), artifact_store=store), fault="nan")
+    assert (tmp_path / trial.user_attrs["checkpoint"]).exists()

@@ -1,0 +1,85 @@
+"""A search that takes milliseconds a trial, and every way in which a trial can end."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
+from optuna.trial import FrozenTrial
+from torch import Tensor, nn
+
+from tests.support.problems import F64, Values, generator
+from tune_implicit import BilevelProblem, SearchResult, State, search
+
+SPACE = {"k": IntDistribution(1, 8), "ll_learning_rate": FloatDistribution(1e-3, 1e-1, log=True)}
+# Three reports a trial.
+SETTINGS = {"ul_steps": 6, "ul_steps_per_report": 2, "ll_steps": 2, "solver": "cg"}
+PARAMS = {"k": 3, "ll_learning_rate": 0.02}
+
+
+class MistakeError(Exception):
+    """What a bug of the user's own raises."""
+
+
+def ul_objective(state: State) -> Tensor:
+    return (state.ll_model(state.data) - state.target).square().mean()
+
+
+def error(state: State) -> Tensor:
+    return (state.ll_model(state.data) - state.target).abs().mean()
+
+
+def problem(config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
+    # Ridge regression whose `fault`, from the config, is how its trial ends.
+    fault = config.get("fault", "none")
+    x = torch.randn(3, 8, 4, generator=generator(), dtype=F64)
+    y = x.sum(-1, keepdim=True) + 0.1 * torch.randn(3, 8, 1, generator=generator(1), dtype=F64)
+
+    def ll_objective(state: State) -> Tensor:
+        if fault == "mistake":
+            raise MistakeError("the objective is wrong")
+        loss = ul_objective(state) + state.ul_model.log_l2.exp() * state.ll_model.weight.square().sum()
+        return loss * {"nan": math.nan, "indefinite": -1.0}.get(fault, 1.0)
+
+    if fault == "mistake at once":
+        raise MistakeError("the factory is wrong")
+    return BilevelProblem(
+        ul_model=Values(log_l2=torch.tensor(-3.0, dtype=F64)),
+        ll_model=nn.Linear(4, 1, dtype=F64),
+        ul_objective=ul_objective,
+        ll_objective=ll_objective,
+        train_data=[(x[0], y[0])],
+        validate_data=[(x[1], y[1])],
+        select_data=[(x[2], y[2])],
+        metrics={"error": error},
+    )
+
+
+def two_splits(config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
+    """Return the problem without `select_data`."""
+    return replace(problem(config, data), select_data=None)
+
+
+def faulty(*faults: str) -> dict[str, Any]:
+    """Return a space of trials that end by one of ``faults``."""
+    return {**SPACE, "fault": CategoricalDistribution(faults)}
+
+
+class PruneAt(BasePruner):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return trial.last_step >= self.step
+
+
+def run(output: Path, n_trials: int = 3, **arguments: Any) -> SearchResult:
+    """Search in the toy, by Optuna and with its own space unless told otherwise."""
+    arguments = {"backend": "optuna", "settings": SETTINGS, "space": SPACE, "problem": problem} | arguments
+    made_by, space = arguments.pop("problem"), arguments.pop("space")
+    return search(made_by, space, n_trials=n_trials, output=output, **arguments)

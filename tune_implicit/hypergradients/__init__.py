@@ -1,0 +1,1 @@
+"""One hypergradient at one point: two models, two objectives, and nothing but torch."""

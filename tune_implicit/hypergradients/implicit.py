@@ -1,0 +1,267 @@
+"""The hypergradient: direct minus implicit term."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.arguments import check_callable
+from tune_implicit.hypergradients.certificate import Hypergradient, certified
+from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
+from tune_implicit.hypergradients.guards.twice import (
+    check_second_derivatives,
+    check_twice_differentiable,
+    no_autocast,
+    twice_differentiable_kernels,
+)
+from tune_implicit.hypergradients.guards.untouched import check_unedited, fingerprint, untouched
+from tune_implicit.hypergradients.inverse_hvp import InverseHvp
+from tune_implicit.hypergradients.noise import halves
+from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.rng import preserved_rng
+from tune_implicit.hypergradients.settings import STOPS
+from tune_implicit.hypergradients.solvers.solution import Solver
+from tune_implicit.hypergradients.state import Objective, State, check_models, named_trainable
+from tune_implicit.hypergradients.vectors import flatten, norm_of
+
+__all__ = ["Implicit"]
+
+
+class Implicit:
+    """Gradients of the ul model's parameters, by the implicit function theorem at a trained ll model.
+
+    With ``H = d2f/dw2`` it solves ``H v = dF/dw`` and forms ``dF/dl - (d2f / dl dw) v``, both terms on the batches
+    given. Each objective is evaluated once; the graph of ``df/dw`` is retained for the whole solve, so that all its
+    products are with one matrix.
+
+    Parameters
+    ----------
+    ul_objective : callable(State) -> Tensor
+        ``F``, the scalar ul loss; the state holds the validation batch.
+    ul_model : Module
+        Its parameters with ``requires_grad`` are ``l``.
+    ll_objective : callable(State) -> Tensor
+        ``f``, the scalar ll loss, twice differentiable; the state holds the training batch.
+    ll_model : Module
+        Its parameters with ``requires_grad`` are ``w``. The others, at both levels, are constants. Of a compiled model
+        the original is differentiated.
+    ll_learning_rate : float
+        Step size of the Neumann series; it must be below ``2 / lambda_max(H)``. Other solvers do not use it.
+    k : int
+        Most iterations of the solver.
+    tolerance : float, default 1e-10
+        The solver stops once the residual's norm is below it.
+    solver : {"neumann", "cg", "minres", "dense"} or Solver, default "neumann"
+        A solver object brings its own step size, k and tolerances, and those given here are not used.
+    rtol : float, default 0
+        The solver stops once the residual's norm is below ``rtol * ||dF/dw||``.
+    step_size : float or "auto", optional
+        Of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` estimates the largest that converges, for 10
+        hvps in the first call and one in each after it.
+    damping : float, default 0
+        Added to the diagonal of ``H``, which moves the answer and makes an indefinite ``H`` definite.
+    stop : {"tolerance", "noise"}, default "tolerance"
+        With ``"noise"`` the solver also stops once its residual is below the standard error of ``dF/dw``, which the two
+        halves of the validation batch tell, for one gradient more: the hypergradient is then as exact as the batch.
+        That the training batch is a sample too is not counted, so that it errs on the side of solving too far.
+    warm_start : bool, default False
+        Start each solve along the last answer, for one hvp more than from zero. :meth:`state_dict` holds it.
+    preconditioner_memory : int, default 0
+        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next. It gains where ``H``
+        changes slowly, on full or large training batches; on small ones it may cost more than it saves.
+    fallback : bool, default False
+        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
+    verify : bool, default False
+        Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
+
+    Raises
+    ------
+    InvalidTypeError
+        If an argument is of the wrong kind.
+    InvalidValueError
+        If an argument is out of range, a model has nothing to train, or the models share parameters or lie on two
+        devices.
+
+    References
+    ----------
+    Lorraine, Vicol & Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020,
+    equation 4 and Algorithms 1 to 3. For CG: Rajeswaran et al., NeurIPS 2019.
+
+    Examples
+    --------
+    >>> implicit = Implicit(ul_objective, ul_model, ll_objective, ll_model, ll_learning_rate=0.1, k=20)
+    >>> result = implicit.compute_gradients(x_val, y_val, train_data=x, train_target=y)
+    >>> if not result.status.failed:
+    ...     ul_optimizer.step()
+    """
+
+    def __init__(
+        self,
+        ul_objective: Objective,
+        ul_model: nn.Module,
+        ll_objective: Objective,
+        ll_model: nn.Module,
+        ll_learning_rate: float,
+        k: int,
+        tolerance: float = 1e-10,
+        *,
+        solver: str | Solver = "neumann",
+        rtol: float = 0.0,
+        step_size: float | str | None = None,
+        damping: float = 0.0,
+        stop: str = "tolerance",
+        warm_start: bool = False,
+        preconditioner_memory: int = 0,
+        fallback: bool = False,
+        verify: bool = False,
+    ) -> None:
+        check_callable("ul_objective", ul_objective)
+        check_callable("ll_objective", ll_objective)
+        check_models(ul_model, ll_model)
+        check_twice_differentiable("ll_model", ll_model)
+        if stop not in STOPS:
+            raise InvalidValueError(f"`stop` must be one of {', '.join(STOPS)}, got {stop!r}.")
+        if stop == "noise" and not isinstance(solver, str):
+            raise InvalidValueError(
+                f'`stop="noise"` sets the tolerance of a solver given by its name, got {solver!r}, which has its own.'
+            )
+        self.ul_objective = ul_objective
+        self.ul_model = ul_model
+        self.ll_objective = ll_objective
+        self.ll_model = ll_model
+        self._stop = stop
+        self._second_derivatives_checked = False
+        self._inverse_hvp = InverseHvp(
+            solver,
+            ll_learning_rate,
+            k,
+            tolerance,
+            rtol=rtol,
+            step_size=step_size,
+            damping=damping,
+            warm_start=warm_start,
+            preconditioner_memory=preconditioner_memory,
+            fallback=fallback,
+            verify=verify,
+        )
+
+    def compute_gradients(
+        self,
+        validate_data: Any,
+        validate_target: Any,
+        auxiliary_model: nn.Module | None = None,
+        train_data: Any = None,
+        train_target: Any = None,
+    ) -> Hypergradient:
+        """Add the hypergradient to ``.grad`` of the ul model's parameters, and return it with its certificate.
+
+        Calls accumulate, like ``backward()``; a solve that failed adds nothing. Everything else is left as it was:
+        parameters, ``requires_grad``, training mode, buffers, the ll model's ``.grad``, and the global random state, so
+        that the ll step after it draws the dropout mask that the Hessian saw.
+
+        Parameters
+        ----------
+        validate_data, validate_target : any nesting of Tensor
+            The batch of the ul objective, on the models' device.
+        auxiliary_model : Module, optional
+            The trained ll model, where it is another object than ``ll_model``.
+        train_data, train_target : any nesting of Tensor
+            The batch of the ll objective, and so of the Hessian.
+
+        Returns
+        -------
+        Hypergradient
+
+        Raises
+        ------
+        InvalidTypeError
+            If an objective does not return a floating tensor.
+        InvalidValueError
+            If an objective returns more than a scalar or a loss that depends on no parameter, tensors lie on two
+            devices, or a ul parameter is used by neither objective.
+        """
+        ll_model = self.ll_model
+        if auxiliary_model is not None:
+            check_models(self.ul_model, auxiliary_model)
+            check_twice_differentiable("auxiliary_model", auxiliary_model)
+            ll_model = auxiliary_model
+        ul_params, ll_params = named_trainable(self.ul_model), list(named_trainable(ll_model).values())
+        check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
+
+        with untouched(self.ul_model, ll_model), torch.enable_grad():
+            before = fingerprint([*ul_params.values(), *ll_params])
+            ul_state = State(validate_data, validate_target, self.ul_model, ll_model)
+            loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
+            first = grad(loss, [*ll_params, *ul_params.values()], allow_unused=True)
+            b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
+            # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
+            b = b.to(torch.promote_types(_coarsest(ll_params), torch.float32))
+            direct = first[len(ll_params) :]
+            ul_loss = Loss(loss)
+            del first, loss  # `b` holds a copy
+
+            ll_state = State(train_data, train_target, self.ul_model, ll_model)
+            with twice_differentiable_kernels(ll_model):
+                loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
+            ll_loss = Loss(loss)
+            check_unedited([*ul_params.values(), *ll_params], before)
+            if not self._second_derivatives_checked:
+                check_second_derivatives(ll_loss)
+                self._second_derivatives_checked = True
+            noise = self._noise(ul_state, ll_params) if self._stop == "noise" else math.nan
+            with no_autocast(ll_model):
+                second = SecondOrder(loss, ll_params)
+                del loss
+                solution = self._inverse_hvp.solve(
+                    second.hvp, b, noise if math.isfinite(noise) else 0.0, _coarsest(ll_params)
+                )
+                mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
+
+        terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
+        check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
+        gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
+        result = certified(gradients, solution, second, b, noise, ul_loss, ll_loss)
+        for name, gradient in result.gradients.items():
+            _accumulate(ul_params[name], gradient)
+        return result
+
+    def _noise(self, state: State, ll_params: list[nn.Parameter]) -> float:
+        """Return the norm of the standard error of ``dF/dw``: half the difference between two half-batches."""
+        gradients = []
+        with preserved_rng():
+            for half in halves((state.data, state.target)):
+                loss = scalar_loss("ul_objective", self.ul_objective(replace(state, data=half[0], target=half[1])))
+                gradients.append(grad(loss, ll_params, allow_unused=True, materialize_grads=True))
+        return norm_of([(one - other) / 2 for one, other in zip(*gradients, strict=True)]).item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next call would start from: tensors, or ``None``, that load with ``weights_only=True``."""
+        return self._inverse_hvp.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; what does not fit the ll model is not used."""
+        self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
+
+
+def _difference(direct: Tensor | None, mixed: Tensor | None, param: Tensor) -> Tensor:
+    """Return ``direct - mixed``, where ``None`` stands for zero."""
+    if mixed is None:
+        return torch.zeros_like(param) if direct is None else direct
+    return -mixed if direct is None else direct - mixed
+
+
+def _accumulate(param: Tensor, gradient: Tensor) -> None:
+    """Add ``gradient`` to ``param.grad``, which never shares memory with it."""
+    if param.grad is None:
+        param.grad = torch.empty_like(param).copy_(gradient)
+    else:
+        param.grad += gradient
+
+
+def _coarsest(params: list[nn.Parameter]) -> torch.dtype:
+    """Return the dtype that decides how many digits the products have."""
+    return max((param.dtype for param in params), key=lambda dtype: torch.finfo(dtype).eps)

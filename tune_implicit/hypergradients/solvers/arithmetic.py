@@ -1,0 +1,148 @@
+"""Scales, inner products, norms and stopping: what the solvers' loops share."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.arguments import check_number
+from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
+
+__all__ = [
+    "certain_norm",
+    "check_stopping",
+    "dot",
+    "norm",
+    "read",
+    "scaled",
+    "start",
+    "steps_between_checks",
+    "stopping_norm",
+    "unsolvable",
+]
+
+# Within 2^-30 to 2^30 the squares of a residual that shrinks to rounding still have float32's full precision.
+_ORDINARY = 30
+
+# As many entries of two float32 vectors and of their product stay in the cache of one core.
+_IN_CACHE = 2**15
+
+
+def check_stopping(k: int, tolerance: float, rtol: float) -> None:
+    """Check the arguments that the iterative solvers share.
+
+    Raises
+    ------
+    InvalidTypeError
+        If ``k`` is not an integer, or a tolerance no number.
+    InvalidValueError
+        If ``k``, ``tolerance`` or ``rtol`` is negative, or one of the tolerances NaN.
+    """
+    check_number("k", k, numbers.Integral)
+    if k < 0:
+        raise InvalidValueError(f"`k` must not be negative, got {k}. It is the most iterations a solve may take.")
+    for name, value in (("tolerance", tolerance), ("rtol", rtol)):
+        check_number(name, value)
+        if not value >= 0:
+            raise InvalidValueError(f"`{name}` must not be negative or NaN, got {value}. Pass 0 to switch it off.")
+
+
+def unsolvable(b: Tensor) -> tuple[float, Solution | None]:
+    """Return the scale of ``b``; and the solution where ``b`` decides it: 0 where it is 0, a failure where not finite.
+
+    The scale is the power of two by which a solver divides its system, so that squares neither overflow nor vanish. It
+    is 1 where ``b`` is of ordinary size, else the power next below its largest magnitude: it scales without rounding.
+    """
+    low, high = read(torch.aminmax(b))  # NaN where an entry is; the infinity norm takes 20 times as long
+    largest = max(-low, high)
+    if largest == 0:
+        return 1.0, Solution(torch.zeros_like(b), Status.CONVERGED, 0, 0.0)
+    if not math.isfinite(largest):
+        return 1.0, Solution(torch.zeros_like(b), Status.NON_FINITE, 0, largest)
+    # Not below the smallest normal number, of which 1 / scale is still a number.
+    exponent = max(math.frexp(largest)[1], math.frexp(torch.finfo(b.dtype).tiny)[1]) - 1
+    return (1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)), None
+
+
+def start(hvp: Hvp, b: Tensor, v0: Tensor | None, definite: bool = False) -> tuple[Tensor, Tensor]:
+    """Return where a solve starts, and its residual: the multiple of ``v0`` that fits ``b`` best, for one hvp, or zero.
+
+    The multiple that minimises ``||b - c H v0||`` is never worse than zero, even where ``v0`` solved another system. A
+    solver of ``definite`` systems starts from zero where ``v0' H v0`` is not positive, so as to meet that itself.
+    """
+    if v0 is None:
+        return torch.zeros_like(b), b
+    size = torch.linalg.vector_norm(v0, math.inf)
+    v0 = v0 / torch.where(size > 0, size, 1)
+    hv = hvp(v0)
+    c = dot(hv, b) / dot(hv, hv)
+    useful = c.isfinite() & ((dot(v0, hv) > 0) | (not definite))  # not where `H v0` is 0 or not finite
+    c = torch.where(useful, c, 0).to(b.dtype)
+    return torch.where(c == 0, 0, c * v0), torch.where(c == 0, b, torch.addcmul(b, hv, c, value=-1))
+
+
+def scaled(b: Tensor, scale: float) -> Tensor:
+    """Return ``b / scale``, which is ``b`` itself where that changes nothing."""
+    return b if scale == 1 else b / scale
+
+
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalar tensors, waiting once where they are on an accelerator."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return values
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of two ``(n,)`` tensors as a float64 scalar tensor, accumulated in float64.
+
+    In float32 a flat dot product loses three digits of a CG solve on a network of a million parameters.
+    """
+    if a.dtype == torch.float64:
+        return torch.dot(a, b)
+    if a.device.type != "cpu":
+        return (a * b).sum(dtype=torch.float64)
+    if a.numel() <= _IN_CACHE:
+        a64 = a.double()
+        return torch.dot(a64, a64 if b is a else b.double())
+    # Fresh memory for as many products takes longer than the sum of them.
+    pieces = zip(a.split(_IN_CACHE), b.split(_IN_CACHE), strict=True)
+    return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in pieces]).sum()
+
+
+def norm(v: Tensor) -> Tensor:
+    """Return the Euclidean norm as a scalar tensor on the device of ``v``."""
+    length: Tensor = torch.linalg.vector_norm(v)
+    return length
+
+
+def certain_norm(norm: float, v: Tensor, largest: float) -> float:
+    """Return the residual norm that can be vouched for, given the ``norm`` of a residual carried from step to step.
+
+    Such a residual goes on shrinking when the true one has long been held up by rounding, at about the unit roundoff
+    times ``||H|| ||v||``; ``largest`` stands for ``||H||``.
+    """
+    length = float(torch.linalg.vector_norm(v, dtype=torch.float64))  # of 1e30, its square is no float32
+    return max(norm, torch.finfo(v.dtype).eps * largest * length)
+
+
+def stopping_norm(tolerance: float, rtol: float, b_norm: float, dtype: torch.dtype) -> float:
+    """Return the residual norm below which a solve has converged.
+
+    It is ``tolerance`` or ``rtol * ||b||``, whichever is larger, but at least what ``dtype`` can resolve: further
+    iterations only move rounding errors about and would break down on them.
+    """
+    return max(tolerance, rtol * b_norm, 1e-2 * torch.finfo(dtype).eps * b_norm)
+
+
+def steps_between_checks(b: Tensor) -> int:
+    """Return after how many steps a solver reads its norms on the host.
+
+    On an accelerator each reading makes the device wait, which costs more than the few products past the end that
+    later readings cost. What is returned does not depend on it: a solver goes back to the iterate that ended it.
+    """
+    return 1 if b.device.type == "cpu" else 4

@@ -1,0 +1,81 @@
+"""Solvers made of solvers: one on a damped system, and one that goes on to the next where the first fails."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.solvers.arithmetic import unsolvable
+from tune_implicit.hypergradients.solvers.solution import Attempt, Hvp, Solution, Solver, Status
+from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum
+
+__all__ = ["Damped", "Fallback"]
+
+# With as many products the smallest Ritz value of a network's Hessian is within some percent of its eigenvalue.
+_LANCZOS_STEPS = 10
+
+# What the smallest eigenvalue is lifted to, in units of the largest.
+_LIFTED = 0.01
+
+
+@dataclass(frozen=True)
+class Damped:
+    """Solve ``(H + d I) v = b``, with the least damping ``d`` that makes it positive definite by a margin.
+
+    ``d`` lifts the smallest Ritz value after 10 Lanczos steps, doubled where it is negative, to 1% of the largest.
+
+    Parameters
+    ----------
+    solver : Solver
+        What solves the damped system; the residual norm it reports is that of this system.
+    """
+
+    solver: Solver
+
+    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
+        """Return ``v`` of shape (n,) and its ``damping``, with the status of the damped system's solve."""
+        _, known = unsolvable(b)
+        if known is not None:
+            return known
+        ends = spectrum(hvp, random_direction(b), _LANCZOS_STEPS)
+        if not math.isfinite(ends.lambda_max):
+            return self.solver.solve(hvp, b, v0)
+        lowest = min(2 * ends.lambda_min, ends.lambda_min)
+        damping = max(0.0, _LIFTED * max(ends.lambda_max, -ends.lambda_min) - lowest)
+        return replace(self.solver.solve(lambda v: hvp(v) + damping * v, b, v0), damping=damping)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Try solvers in turn, until one gives an answer.
+
+    A system that is not finite is not tried again: no solver could make it so.
+
+    Parameters
+    ----------
+    solvers : mapping of str to Solver
+        By the names under which the solution's ``attempts`` list them.
+
+    Raises
+    ------
+    InvalidValueError
+        If there are none.
+    """
+
+    solvers: Mapping[str, Solver]
+
+    def __post_init__(self) -> None:
+        if not self.solvers:
+            raise InvalidValueError("`solvers` must hold at least one solver, got none.")
+
+    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
+        """Return the first answer, or the last failure, of shape (n,), with all ``attempts``."""
+        attempts: tuple[Attempt, ...] = ()
+        for name, solver in self.solvers.items():
+            solution = solver.solve(hvp, b, v0)
+            attempts += (Attempt(name, solution.status, solution.steps),)
+            if not solution.status.failed or solution.status is Status.NON_FINITE:
+                break
+        return replace(solution, attempts=attempts)

@@ -1,0 +1,98 @@
+"""What an objective is called with, and what the two models must be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tune_implicit.errors import InvalidTypeError, InvalidValueError
+
+__all__ = [
+    "Batch",
+    "Objective",
+    "State",
+    "check_models",
+    "named_trainable",
+    "tensors_of",
+]
+
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """What an objective or a metric is called with; ``state["data"]`` is ``state.data``.
+
+    Parameters
+    ----------
+    data, target : any nesting of Tensor
+        One batch.
+    ul_model, ll_model : Module
+        The upper-level and the lower-level model.
+    """
+
+    data: Any
+    target: Any
+    ul_model: nn.Module
+    ll_model: nn.Module
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(f"{name!r}: a state holds {', '.join(self.__dataclass_fields__)}.")
+        return getattr(self, name)
+
+
+Objective = Callable[[State], Tensor]
+
+
+def tensors_of(nested: Any) -> list[Tensor]:
+    """Return the tensors in any nesting of tuples, lists and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` with ``requires_grad``, by name; a tied one stands under its first name."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def check_models(ul_model: nn.Module, ll_model: nn.Module) -> None:
+    """Check that the two models can form a bilevel problem.
+
+    Raises
+    ------
+    InvalidTypeError
+        If one is not a module, or has parameters that are not real floating-point tensors.
+    InvalidValueError
+        If one has nothing to train, or they share a parameter, or their parameters lie on two devices.
+    """
+    devices: dict[torch.device, str] = {}
+    names: dict[int, str] = {}
+    for argument, model in (("ul_model", ul_model), ("ll_model", ll_model)):
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(f"`{argument}` must be a torch.nn.Module, got {type(model).__name__}.")
+        params = named_trainable(model)
+        if not any(param.numel() for param in params.values()):
+            raise InvalidValueError(
+                f"`{argument}` has no parameter to train. "
+                "Register its values as nn.Parameter and leave requires_grad=True on those to learn."
+            )
+        for name, param in params.items():
+            if not param.is_floating_point():
+                raise InvalidTypeError(
+                    f"`{argument}`'s parameter {name!r} must be real and floating, got {param.dtype}."
+                )
+            if id(param) in names:
+                raise InvalidValueError(
+                    f"`ul_model` and `ll_model` share the parameter {names[id(param)]!r} (`ll_model`'s {name!r}). "
+                    "A value is learned at one level: give each model its own, or freeze it with requires_grad=False."
+                )
+            devices.setdefault(param.device, f"`{argument}`'s {name!r}")
+        names = {id(param): name for name, param in params.items()}
+    if len(devices) > 1:
+        places = ", ".join(f"{owner} on {device}" for device, owner in devices.items())
+        raise InvalidValueError(
+            f"All parameters must be on one device, got {places}. Move both models with .to(device)."
+        )

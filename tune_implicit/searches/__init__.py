@@ -1,0 +1,1 @@
+"""n trials on an engine, and what they leave."""

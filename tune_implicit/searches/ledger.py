@@ -1,0 +1,132 @@
+"""Finished trials counted, written to the folder, told."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from tune_implicit.searches.outcome import CHECKPOINT_ATTR, CONFIG_ATTR, FAILURE_ATTR, METRICS_ATTR, RAY_TRIAL_ATTR
+from tune_implicit.searches.results import Summary, append_trials, earlier_seconds, read_trials
+from tune_implicit.searches.study import interrupted
+from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
+
+__all__ = ["ARTIFACTS", "RAY_FOLDER", "Ledger", "Progress"]
+
+# Where the engines put checkpoints, below the folder.
+ARTIFACTS = "artifacts"
+RAY_FOLDER = "ray"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is.
+
+    Parameters
+    ----------
+    finished, n_trials : int
+        Trials that ended, and those asked for.
+    best : float, optional
+        The best value so far.
+    elapsed_s, remaining_s : float
+        Seconds since the call, and an estimate of those left; ``None`` before there is one.
+    """
+
+    finished: int
+    n_trials: int
+    best: float | None
+    elapsed_s: float
+    remaining_s: float | None
+
+
+class Ledger:
+    """Count a study's finished trials, write each to the folder once, and tell the progress."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        folder: Path,
+        settings: Mapping[str, Any],
+        n_trials: int,
+        time_budget_s: float | None,
+        on_progress: Callable[[Progress], object] | None,
+    ) -> None:
+        self._study = study
+        self._folder = folder
+        self._settings = settings
+        self._n_trials = n_trials
+        self._time_budget_s = time_budget_s
+        self._on_progress = on_progress
+        self._start = time.monotonic()
+        self._earlier_s = earlier_seconds(folder)
+        self._written = {trial.number for trial in read_trials(folder)}
+        self._before = len(self._finished())
+
+    @property
+    def missing(self) -> int:
+        """Trials still to finish."""
+        return max(0, self._n_trials - len(self._finished()))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the search began or was resumed."""
+        return time.monotonic() - self._start
+
+    def update(self) -> None:
+        """Take in the trials that finished since the last call."""
+        finished = self._finished()
+        new = [trial for trial in finished if trial.number not in self._written]
+        if not new:
+            return
+        start = min(trial.datetime_start for trial in finished if trial.datetime_start is not None)
+        append_trials(self._folder, [_row(trial, self._settings, start) for trial in new])
+        self._written |= {trial.number for trial in new}
+        if self._on_progress is not None:
+            self._on_progress(self._progress(finished))
+
+    def summary(self, backend: str, metric: str, mode: str) -> Summary:
+        """Return the search in a few words, as it stands."""
+        in_time = self._time_budget_s is None or self.elapsed_s < self._time_budget_s
+        seconds = self._earlier_s + self.elapsed_s
+        return Summary(backend, metric, mode, self._n_trials, seconds, interrupted=in_time and self.missing > 0)
+
+    def _progress(self, finished: list[FrozenTrial]) -> Progress:
+        values = [trial.value for trial in finished if trial.state is TrialState.COMPLETE and trial.value is not None]
+        best = None
+        if values:
+            best = min(values) if self._study.direction is StudyDirection.MINIMIZE else max(values)
+        done = len(finished) - self._before
+        remaining = self.elapsed_s / done * max(0, self._n_trials - len(finished)) if done else None
+        if remaining is not None and self._time_budget_s is not None:
+            remaining = min(remaining, max(0.0, self._time_budget_s - self.elapsed_s))
+        return Progress(len(finished), self._n_trials, best, self.elapsed_s, remaining)
+
+    def _finished(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state.is_finished() and not interrupted(trial)]
+
+
+def _row(trial: FrozenTrial, settings: Mapping[str, Any], start: datetime) -> dict[str, Any]:
+    """Return the fields of the trial's :class:`TrialResult`."""
+    attrs = trial.user_attrs
+    checkpoint = None
+    if CHECKPOINT_ATTR in attrs:
+        checkpoint = f"{ARTIFACTS}/{attrs[CHECKPOINT_ATTR]}"
+    elif RAY_TRIAL_ATTR in attrs:
+        checkpoint = f"{RAY_FOLDER}/*_{attrs[RAY_TRIAL_ATTR]}_*/checkpoint_*/{CHECKPOINT_FILE}"
+    return {
+        "number": trial.number,
+        "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state, "failed"),
+        "value": trial.value if trial.state is not TrialState.FAIL else None,
+        "config": {**settings, **attrs.get(CONFIG_ATTR, trial.params)},
+        "metrics": attrs.get(METRICS_ATTR, {}),
+        "failure": attrs.get(FAILURE_ATTR),
+        "started_s": (trial.datetime_start - start).total_seconds() if trial.datetime_start else 0.0,
+        "ended_s": (trial.datetime_complete - start).total_seconds() if trial.datetime_complete else 0.0,
+        "checkpoint": checkpoint,
+    }

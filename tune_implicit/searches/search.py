@@ -1,0 +1,205 @@
+"""n trials on a named backend, and their result, which stays on disk."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import BaseStorage
+
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.searches.ledger import ARTIFACTS, RAY_FOLDER, Ledger, Progress
+from tune_implicit.searches.quiet import quiet_optuna
+from tune_implicit.searches.results import SearchResult
+from tune_implicit.searches.space import Space, check_space
+from tune_implicit.searches.study import direction_of, end_running, open_study, queue_interrupted
+from tune_implicit.trials.trial import ProblemFactory
+
+if TYPE_CHECKING:
+    from tune_implicit.searches.engines.ray_tune.tuner import TrialScheduler
+
+__all__ = ["BACKENDS", "search"]
+
+BACKENDS = ("ray", "optuna")
+
+
+def search(
+    problem: ProblemFactory,
+    space: Space,
+    *,
+    data: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    backend: str = "ray",
+    n_trials: int = 50,
+    metric: str = "select_loss",
+    mode: str = "min",
+    time_budget_s: float | None = None,
+    output: str | Path | None = None,
+    storage: str | BaseStorage | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    sampler: BaseSampler | None = None,
+    pruner: BasePruner | None = None,
+    scheduler: "TrialScheduler | None" = None,
+    max_concurrent_trials: int | None = None,
+    cpus_per_trial: float = 1,
+    gpus_per_trial: float = 0,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> SearchResult:
+    """Run a search of ``n_trials`` trials, and return what it found.
+
+    A trial that fails with numbers (it diverged, or ran out of memory) is recorded and the search goes on; any other
+    exception of a trial ends the search and is raised. Ctrl-C ends it as well, without an exception: what finished is
+    kept, and the result says that it was interrupted.
+
+    Parameters
+    ----------
+    problem : callable(config) or callable(config, data) -> BilevelProblem
+        Called in the worker, once per trial.
+    space : dict of Optuna distributions, or callable(trial) -> dict or None
+        What is searched.
+    data : object, optional
+        The second argument of ``problem``; shipped to each Ray worker once.
+    settings : mapping, optional
+        Config keys that are the same in every trial, such as ``ul_steps``; the space overrides them.
+    backend : {"ray", "optuna"}
+        Ray Tune on all cores or the cluster at hand, or Optuna in this process, one trial after the other.
+    n_trials : int
+        Trials in all, those of a search that is resumed included.
+    metric, mode : str
+        What trials are compared by, and whether ``"min"`` or ``"max"`` of it is better.
+    time_budget_s : float, optional
+        Start no trial after so many seconds. Ray also ends those that run, Optuna lets the one that runs finish.
+    output : path, optional
+        A folder for everything the search writes; by default a new one under ``tune_implicit_results``.
+    storage : str or BaseStorage, optional
+        Of the Optuna study, which is named after the folder: a database URL, the path of a journal file or an object.
+        By default a journal in the folder. One call at a time may run on a study.
+    resume : bool
+        Continue the search in ``output``: its finished trials count, and interrupted ones run again.
+    seed : int, optional
+        Of the default sampler and, unless settings or space say otherwise, of every trial.
+    sampler : optuna sampler, optional
+        TPE by default.
+    pruner : optuna pruner, optional
+        For the Optuna backend.
+    scheduler : Ray Tune scheduler, optional
+        For the Ray backend; without ``metric`` and ``mode`` of its own.
+    max_concurrent_trials : int, optional
+        For the Ray backend; as many as fit by default.
+    cpus_per_trial, gpus_per_trial : float
+        For the Ray backend.
+    on_progress : callable(Progress), optional
+        Called after each trial.
+
+    Returns
+    -------
+    SearchResult
+
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        If an argument is not as described, a trial finds its config or problem wrong, ``output`` already holds a
+        search and ``resume`` is False, or the search to resume is another.
+    StorageError
+        If the storage cannot be opened.
+    """
+    _check(backend, n_trials, time_budget_s, pruner, scheduler)
+    check_space(space)
+    direction = direction_of(mode)
+    folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
+    settings = dict(settings or {}) if seed is None else {"seed": seed, **(settings or {})}
+    with quiet_optuna():
+        study = open_study(folder, storage, resume, space, settings, direction, metric)
+        queue_interrupted(study, space)
+        # A resumed search must not propose its first trials again.
+        study.sampler = sampler or TPESampler(seed=None if seed is None else seed + len(study.trials))
+        study.pruner = pruner or optuna.pruners.NopPruner()
+        ledger = Ledger(study, folder, settings, n_trials, time_budget_s, on_progress)
+        engine: Callable[..., None] = _run_on_optuna
+        if backend == "ray":
+            engine = partial(
+                _run_on_ray,
+                mode=mode,
+                scheduler=scheduler,
+                max_concurrent_trials=max_concurrent_trials,
+                cpus_per_trial=cpus_per_trial,
+                gpus_per_trial=gpus_per_trial,
+            )
+        # A search that is killed leaves this one, and a report can be made of it.
+        SearchResult.write(folder, ledger.summary(backend, metric, mode))
+        run = partial(engine, study, problem, space, folder, data=data, settings=settings, metric=metric)
+        try:
+            if ledger.missing:
+                run(n_trials=ledger.missing, time_budget_s=time_budget_s, on_trial_end=ledger.update)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            end_running(study)
+            ledger.update()
+    return SearchResult.write(folder, ledger.summary(backend, metric, mode))
+
+
+def _check(
+    backend: str,
+    n_trials: int,
+    time_budget_s: float | None,
+    pruner: BasePruner | None,
+    scheduler: "TrialScheduler | None",
+) -> None:
+    if backend not in BACKENDS:
+        raise InvalidValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if n_trials < 1:
+        raise InvalidValueError(f"`n_trials` must be 1 or more, got {n_trials}.")
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise InvalidValueError(f"`time_budget_s` must be positive, got {time_budget_s}.")
+    if backend == "ray" and pruner is not None:
+        raise InvalidValueError('`pruner` is for backend="optuna": Ray Tune stops trials by a `scheduler`.')
+    if backend == "optuna" and scheduler is not None:
+        raise InvalidValueError('`scheduler` is for backend="ray": Optuna stops trials by a `pruner`.')
+
+
+def _run_on_ray(
+    study: optuna.Study,
+    problem: ProblemFactory,
+    space: Space,
+    folder: Path,
+    *,
+    metric: str,
+    mode: str,
+    **arguments: Any,
+) -> None:
+    from tune_implicit.searches.engines.ray_tune.tuner import PatientSearch, run_tuner
+
+    searcher = PatientSearch(
+        space, metric, mode, storage=study._storage, study_name=study.study_name, sampler=study.sampler
+    )
+    run_tuner(problem, searcher, output=folder / RAY_FOLDER, **arguments)
+
+
+def _run_on_optuna(
+    study: optuna.Study,
+    problem: ProblemFactory,
+    space: Space,
+    folder: Path,
+    *,
+    n_trials: int,
+    time_budget_s: float | None,
+    on_trial_end: Callable[[], None],
+    **arguments: Any,
+) -> None:
+    from tune_implicit.searches.engines.optuna_study import ImplicitObjective
+
+    (folder / ARTIFACTS).mkdir(exist_ok=True)
+    store = FileSystemArtifactStore(folder / ARTIFACTS)
+    study.optimize(
+        ImplicitObjective(problem, space, artifact_store=store, **arguments),
+        n_trials=n_trials,
+        timeout=time_budget_s,
+        callbacks=[lambda _study, _trial: on_trial_end()],
+    )

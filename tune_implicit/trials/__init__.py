@@ -1,0 +1,1 @@
+"""One trial: splits, training, records and a file; no engine."""

@@ -1,0 +1,303 @@
+"""The loop of a trial: ll steps, then a ul step along the hypergradient; and all of its state."""
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_implicit.errors import CheckpointError, DivergedError, SolveError
+from tune_implicit.hypergradients.certificate import Hypergradient
+from tune_implicit.hypergradients.guards.losses import scalar_loss
+from tune_implicit.hypergradients.implicit import Implicit
+from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
+from tune_implicit.hypergradients.state import Batch, State, named_trainable
+from tune_implicit.trials.problem import BilevelProblem, OptimizerFactory
+from tune_implicit.trials.settings import ImplicitSettings
+from tune_implicit.trials.splits import BatchStream, move
+
+__all__ = ["COUNTERS", "FORMAT_VERSION", "BilevelTrainer", "Step", "make_implicit"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+
+# What a trainer counts, by the names of its attributes.
+COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the trainer saw.
+
+    Parameters
+    ----------
+    train_loss : float
+        Mean ll loss over the step's ll steps; NaN where ``ll_steps`` is 0.
+    hypergradient : Hypergradient, optional
+        ``None`` where ``ul_learning_rate`` is 0.
+    """
+
+    train_loss: float
+    hypergradient: Hypergradient | None
+
+
+class BilevelTrainer:
+    """Train the ll model and, as it goes, move the ul values along hypergradients.
+
+    Each ll problem is warm-started from where the ll model is. The Hessian is that of the training batch next in line,
+    the ul objective that of the next validation batch. Batches are moved to the models' device.
+
+    Parameters
+    ----------
+    problem : BilevelProblem
+        Its models are trained in place.
+    settings : ImplicitSettings
+        Learning rates, solver and step counts. They stay this trainer's own when another's state is loaded.
+
+    Attributes
+    ----------
+    ul_step, ll_step : int
+        Steps taken; ``ul_step`` counts skipped ones as well.
+    skipped_ul_steps : int
+        ul steps not taken because their solve failed.
+    fallback_ul_steps : int
+        ul steps whose first solver failed, and another answered.
+    hvps : int
+        Hessian-vector products so far.
+    gradient_evaluations : int
+        Cost so far in gradients: 1 for each, 2 for each hvp and each mixed product.
+    """
+
+    def __init__(self, problem: BilevelProblem, settings: ImplicitSettings) -> None:
+        self.problem = problem
+        self.settings = settings
+        self.ul_step = 0
+        self.ll_step = 0
+        self.skipped_ul_steps = 0
+        self.fallback_ul_steps = 0
+        self.hvps = 0
+        self.gradient_evaluations = 0
+        self._failures_in_a_row = 0
+        self._ll_params = list(named_trainable(problem.ll_model).values())
+        self._ul_params = list(named_trainable(problem.ul_model).values())
+        self._device = self._ll_params[0].device
+        self._ll_optimizer = _make_optimizer(problem.ll_optimizer, self._ll_params, settings.ll_learning_rate)
+        self._ul_optimizer = _make_optimizer(problem.ul_optimizer, self._ul_params, settings.ul_learning_rate)
+        # As the settings made them, before any step or loaded state changes them.
+        self._own_options = {name: _options(optimizer) for name, optimizer in self._optimizers().items()}
+        self._train = BatchStream("train_data", problem.train_data)
+        self._validate = BatchStream("validate_data", problem.validate_data)
+        self._implicit = make_implicit(problem, settings)
+
+    def step(self) -> Step:
+        """Take ``ll_steps`` optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
+
+        Returns
+        -------
+        Step
+
+        Raises
+        ------
+        DivergedError
+            If the ll loss is no longer finite.
+        SolveError
+            If the hypergradient's solve failed and ``on_failure`` is ``"raise"``, or ``"stop"`` and it was one of too
+            many in a row.
+        """
+        warmup = self.settings.warmup_ll_steps if self.ul_step == 0 else 0
+        train_loss = self.train_ll(warmup + self.settings.ll_steps)
+        hypergradient = self._step_ul() if self.settings.ul_learning_rate > 0 else None
+        self.ul_step += 1
+        return Step(train_loss, hypergradient)
+
+    def train_ll(self, steps: int) -> float:
+        """Take ``steps`` ll optimizer steps, and no ul step; return their mean loss, NaN where there are none.
+
+        Raises
+        ------
+        DivergedError
+            If it is not finite.
+        """
+        if steps == 0:
+            return math.nan
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for _ in range(steps):
+            batch = self._next(self._train)
+            total += self._ll_optimizer.step(partial(self._ll_backward, batch))  # type: ignore[arg-type]
+            self.ll_step += 1
+        mean = total.item() / steps
+        if not math.isfinite(mean):
+            raise DivergedError(
+                f"The ll loss became {mean} within ll steps {self.ll_step - steps + 1} to {self.ll_step}, with "
+                f"ll_learning_rate={self.settings.ll_learning_rate:g}. Try a smaller one, or bound the ul values."
+            )
+        return mean
+
+    def _ll_backward(self, batch: Batch) -> Tensor:
+        """Set the ll parameters' ``.grad`` and return the loss; optimizers may call it several times a step."""
+        with torch.enable_grad():
+            self._ll_optimizer.zero_grad()
+            loss = scalar_loss("ll_objective", self.problem.ll_objective(self._state(batch)))
+            loss.backward(inputs=self._ll_params)
+        self.gradient_evaluations += 1
+        return loss.detach()
+
+    def _step_ul(self) -> Hypergradient:
+        train_data, train_target = self._next(self._train)
+        validate_data, validate_target = self._next(self._validate)
+        self._ul_optimizer.zero_grad()
+        hypergradient = self._implicit.compute_gradients(
+            validate_data, validate_target, train_data=train_data, train_target=train_target
+        )
+        self.hvps += hypergradient.hvps
+        # Both halves of the batch cost one gradient more.
+        self.gradient_evaluations += 4 + 2 * hypergradient.hvps + (self.settings.stop == "noise")
+        if hypergradient.status.failed:
+            self._failed(hypergradient)
+        else:
+            self._failures_in_a_row = 0
+            self.fallback_ul_steps += len(hypergradient.attempts) > 1
+            self._ul_optimizer.step()
+            if self.problem.project is not None:
+                with torch.no_grad():
+                    self.problem.project(self.problem.ul_model)
+        return hypergradient
+
+    def _failed(self, hypergradient: Hypergradient) -> None:
+        self.skipped_ul_steps += 1
+        self._failures_in_a_row += 1
+        tried = ", ".join(f"{attempt.solver} {attempt.status.value}" for attempt in hypergradient.attempts)
+        message = (
+            f"The solve at ul step {self.ul_step + 1} ended as {hypergradient.status.value} after "
+            f"{hypergradient.solver_steps} steps, at relative residual {hypergradient.relative_residual:.2g}. "
+            f"{hypergradient.reason}" + (f" Tried: {tried}." if tried else "")
+        )
+        policy, limit = self.settings.on_failure, self.settings.failures_to_stop
+        if policy == "raise":
+            raise SolveError(message)
+        if policy == "stop" and self._failures_in_a_row >= limit:
+            raise SolveError(f"{message} It was failed solve {self._failures_in_a_row} in a row.")
+        logger.debug("%s The ul step is skipped.", message)
+
+    def _next(self, stream: BatchStream) -> Batch:
+        data, target = move(stream.next(), self._device)
+        return data, target
+
+    def _state(self, batch: Batch) -> State:
+        return State(*batch, ul_model=self.problem.ul_model, ll_model=self.problem.ll_model)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"ll_optimizer": self._ll_optimizer, "ul_optimizer": self._ul_optimizer}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides how the trainer goes on, as data that loads with ``weights_only=True``.
+
+        Returns
+        -------
+        dict
+            Both models, both optimizers and their options as constructed, what the next solve starts from, the position
+            in the data, the random state of Python, NumPy and torch, the counters, and the version of this format.
+            Tensors are the live ones.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            "ul_model": self.problem.ul_model.state_dict(),
+            "ll_model": self.problem.ll_model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
+            "options": self._own_options,
+            "implicit": self._implicit.state_dict(),
+            "failures_in_a_row": self._failures_in_a_row,
+            "data": {"train": self._train.state_dict(), "validate": self._validate.state_dict()},
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "rng": get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, with this trainer's own settings.
+
+        Loaded by the trainer it came from, it continues bit for bit. Loaded by one with other settings, as
+        population-based training does, the optimizers keep their memory of past gradients, while their learning rates
+        and other options are those of this trainer wherever the two were constructed differently.
+
+        Parameters
+        ----------
+        state : dict
+            From :meth:`state_dict`.
+
+        Raises
+        ------
+        CheckpointError
+            If the state is of another format, or of models and optimizers of other shapes.
+        """
+        if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+            found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(
+                f"The state must be of format version {FORMAT_VERSION}, got {found}. "
+                "Load it with the version of tune_implicit that wrote it."
+            )
+        try:
+            self.problem.ul_model.load_state_dict(state["ul_model"])
+            self.problem.ll_model.load_state_dict(state["ll_model"])
+            for name, optimizer in self._optimizers().items():
+                optimizer.load_state_dict(state["optimizers"][name])
+                _restore_options(optimizer, self._own_options[name], state["options"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"The state does not fit this problem: {error} A setting that changes a model's shape, such as its "
+                "width, cannot be changed between saving and loading."
+            ) from error
+        self._implicit.load_state_dict(state["implicit"])
+        self._failures_in_a_row = state["failures_in_a_row"]
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
+        self._train.load_state_dict(state["data"]["train"])
+        self._validate.load_state_dict(state["data"]["validate"])
+        set_rng_state(state["rng"])
+
+
+def make_implicit(problem: BilevelProblem, settings: ImplicitSettings) -> Implicit:
+    """Return what computes the hypergradients of ``problem`` with these settings."""
+    return Implicit(
+        problem.ul_objective,
+        problem.ul_model,
+        problem.ll_objective,
+        problem.ll_model,
+        settings.ll_learning_rate,
+        settings.k,
+        settings.tolerance,
+        solver=settings.solver,
+        rtol=settings.rtol,
+        step_size=settings.step_size,
+        damping=settings.damping,
+        stop=settings.stop,
+        warm_start=settings.warm_start,
+        # A search picks solvers: what is for one of them does not bother the others.
+        preconditioner_memory=settings.preconditioner_memory if settings.solver == "cg" else 0,
+        fallback=settings.on_failure == "fallback",
+        verify=settings.verify,
+    )
+
+
+def _make_optimizer(factory: OptimizerFactory, params: list[Any], learning_rate: float) -> torch.optim.Optimizer:
+    return factory(params, lr=learning_rate)
+
+
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return each parameter group's options, such as ``lr`` and ``betas``, without its parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _restore_options(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]], donor: list[dict[str, Any]]) -> None:
+    """Set the options in which ``own`` differs from ``donor``, both as constructed.
+
+    ``Optimizer.load_state_dict`` brings back the donor's. Those the two share are left as loaded: an optimizer may keep
+    state of its own among them, which an exact resume needs.
+    """
+    for group, own_options, donor_options in zip(optimizer.param_groups, own, donor, strict=True):
+        for key, value in own_options.items():
+            if key not in donor_options or donor_options[key] != value:
+                group[key] = value
