@@ -46,6 +46,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
 from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.solvers.arithmetic import dot, norm, start
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.minres import Minres
@@ -111,18 +112,19 @@ def logistic_regression() -> Problem:
         "1. Logistic regression on digits, 640 weights, float64, full batches",
         ll_model, LogL2(ll_model, -5.0).double(), [(x[:1000], y[:1000])], [(x[1000:1400], y[1000:1400])],
         ll_learning_rate=0.1, ul_learning_rate=0.1, ll_steps=20, first_ll_steps=600,
-        damping=0.0, reference=InverseHvp("dense", 0.1, 0),
+        damping=0.0, reference=InverseHvp(SolverSettings(solver="dense")),
     )  # fmt: skip
 
 
 def mlp(name: str, train: int, validate: int, batch: int, damping: float) -> Problem:
     x, y = fashion_mnist()
     ll_model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    reference = SolverSettings(solver=Minres(CAP, rtol=1e-5), damping=damping, warm_start=True)
     return Problem(
         name, ll_model, LogL2(ll_model, -6.0),
         batches(x[:train], y[:train], batch), batches(x[-validate:], y[-validate:], batch),
         ll_learning_rate=0.02, ul_learning_rate=0.1, ll_steps=10, first_ll_steps=600,
-        damping=damping, reference=InverseHvp(Minres(CAP, rtol=1e-5), 1.0, 0, damping=damping, warm_start=True),
+        damping=damping, reference=InverseHvp(reference),
     )  # fmt: skip
 
 

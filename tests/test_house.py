@@ -133,6 +133,7 @@ def test_all_names_what_a_module_defines(module: str) -> None:
     body = tree_of(module).body
     assigned = {target.id: n.value for n in body if isinstance(n, ast.Assign) for target in n.targets}
     defined = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)} | set(assigned)
+    defined |= {n.target.id for n in body if isinstance(n, ast.AnnAssign)}
     defined |= {alias.name for n in body if isinstance(n, ast.ImportFrom) for alias in n.names}
     assert "__all__" not in assigned or set(ast.literal_eval(assigned["__all__"])) <= defined
 

@@ -17,6 +17,7 @@ from tune_implicit.errors import (
 )
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.implicit import Implicit
+from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.dense import DenseSolve
 from tune_implicit.hypergradients.solvers.fallback import Damped, Fallback
@@ -66,6 +67,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Solver",
+    "SolverSettings",
     "State",
     "Status",
     "StorageError",

@@ -105,10 +105,11 @@ def check(task: Path, as_json: bool) -> None:
         module = _load_task(task)
         from tune_implicit.checks.check import check as check_problem
         from tune_implicit.searches.space import check_space, middle_config
+        from tune_implicit.trials.config import merged
         from tune_implicit.trials.trial import Trial
 
         check_space(module.space)
-        config = dict(getattr(module, "settings", None) or {}) | middle_config(module.space)
+        config = merged(getattr(module, "settings", None), middle_config(module.space))
         data = module.data() if hasattr(module, "data") else None
         report = CheckReport()
         try:

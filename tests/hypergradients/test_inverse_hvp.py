@@ -10,10 +10,9 @@ from tests.support.problems import F64, Case, compute, generator, ridge, symmetr
 from tests.support.systems import Counted, saved_and_loaded, spd, times, vector
 from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
-from tune_implicit.hypergradients.settings import SOLVERS
+from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings
 from tune_implicit.hypergradients.solvers.arithmetic import start
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
-from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ each_iterative = pytest.mark.parametrize("solver", ["cg", "minres", "neumann"])
 
 
 def make(solver: object = "cg", k: int = 500, ll_learning_rate: float = 1.0, **arguments: object) -> InverseHvp:
-    return InverseHvp(solver, ll_learning_rate, k, **arguments)
+    return InverseHvp(SolverSettings(solver=solver, ll_learning_rate=ll_learning_rate, k=k, **arguments))
 
 
 def count_of(one: InverseHvp, h: Tensor, b: Tensor) -> int:
@@ -571,57 +570,8 @@ def test_reason_of_a_divergence_that_a_solver_object_does_not_explain() -> None:
     assert "nan" not in compute(case.implicit(Says(0.5, Status.DIVERGED)), case.problem).reason
 
 
-# ---- messages
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"ll_learning_rate": 0.0}, ValueError, "`ll_learning_rate` must be positive and finite, got 0.0"),
-        ({"ll_learning_rate": math.inf}, ValueError, "`ll_learning_rate` must be positive and finite, got inf"),
-        ({"ll_learning_rate": "1"}, TypeError, "`ll_learning_rate` must be a number, got '1'"),
-        ({"step_size": "fast"}, TypeError, "`step_size` must be a number or \"auto\", got 'fast'"),
-        ({"step_size": True}, TypeError, "`step_size` must be a number, got True"),
-        ({"step_size": -1.0}, ValueError, "`step_size` must be positive and finite, got -1.0"),
-        ({"step_size": math.nan}, ValueError, "`step_size` must be positive and finite, got nan"),
-        ({"k": -1}, ValueError, "`k` must not be negative, got -1"),
-        ({"k": 1.5}, TypeError, "`k` must be an integer, got 1.5"),
-        ({"tolerance": math.nan}, ValueError, "`tolerance` must not be negative or NaN, got nan"),
-        ({"rtol": -1.0}, ValueError, "`rtol` must not be negative or NaN, got -1.0"),
-        ({"damping": -0.1}, ValueError, "`damping` must be 0 or more and finite, got -0.1"),
-        ({"damping": math.inf}, ValueError, "`damping` must be 0 or more and finite, got inf"),
-        ({"damping": math.nan}, ValueError, "`damping` must be 0 or more and finite, got nan"),
-        ({"damping": None}, TypeError, "`damping` must be a number, got None"),
-        ({"preconditioner_memory": 2.5}, TypeError, "`preconditioner_memory` must be an integer, got 2.5"),
-        ({"preconditioner_memory": -1}, ValueError, "`preconditioner_memory` must .*, got -1"),
-        (
-            {"solver": "minres", "preconditioner_memory": 3},
-            ValueError,
-            "`preconditioner_memory` is for `solver=\"cg\"`, got 'minres'. Pass 0, or that solver",
-        ),
-        (
-            {"solver": NeumannSeries(0.1, 5), "preconditioner_memory": 3},
-            ValueError,
-            '`preconditioner_memory` is for `solver="cg"`, got NeumannSeries',
-        ),
-        ({"solver": "newton"}, ValueError, "`solver` must be one of cg, minres, neumann, dense, or an object"),
-        ({"solver": ConjugateGradient}, TypeError, "`solver` must be one of .* an object with `solve"),
-        ({"solver": 3}, TypeError, "`solver` must be one of .* an object with `solve"),
-    ],
-)
-def test_messages_of_the_constructor(change: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make(**change)
-
-
 def test_a_warm_start_on_a_singular_matrix_is_no_failure() -> None:
     # What is left of `b` is its part in the kernel, which no step takes down: measured from the start, nothing moves.
     h = torch.cat([torch.zeros(10), torch.logspace(-1, 0, 40)])
     one, b = make("neumann", 20, 1.0, warm_start=True), vector(50).float()
     assert {one.solve(lambda v: h * v, b).status for _ in range(30)} == {Status.MAX_STEPS}
-
-
-@pytest.mark.parametrize("name", ["warm_start", "fallback", "verify"])
-def test_message_of_what_is_neither_true_nor_false(name: str) -> None:
-    with pytest.raises(TypeError, match=f"`{name}` must be True or False, got 'no'"):
-        make("neumann", 3, 1.0, **{name: "no"})

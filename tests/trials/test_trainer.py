@@ -62,7 +62,7 @@ def test_state_of_another_trial_keeps_own_settings():
     trainer.load_state_dict(donor.state_dict())
     (ll_group,), (ul_group,) = (optimizer.param_groups for optimizer in trainer._optimizers().values())
     assert (ll_group["lr"], ll_group["weight_decay"], ul_group["lr"]) == (0.002, 0.01, 0.03)
-    solver = trainer._implicit._inverse_hvp._make_solver(own.ll_learning_rate, noise=0.0)
+    solver = trainer._implicit._inverse_hvp._settings.make_solver()
     assert (solver.k, solver.tolerance, solver.step_size) == (7, 1e-3, 0.002)
     # What it takes over: weights, counters, and the optimizer's memory of past gradients.
     assert_same_bits(trainer.problem.ll_model.state_dict(), donor.problem.ll_model.state_dict())

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import twice_differentiable_kernels
-from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.products import SecondOrder
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
 from tune_implicit.hypergradients.solvers.minres import Minres
@@ -97,17 +96,12 @@ class FixedProblem:
     def hypergradient(self) -> Hypergradient:
         """Return the hypergradient, solved as exactly as can be, without adding to ``.grad``."""
         kept = {name: param.grad for name, param in self.ul_params().items()}
-        p = self.problem
-        implicit = Implicit(
-            _repeatable(p.ul_objective),
-            p.ul_model,
-            _repeatable(p.ll_objective),
-            p.ll_model,
-            ll_learning_rate=1.0,
-            k=_SOLVE_STEPS,
-            solver="minres",
-            rtol=1e-10,
+        repeatable = replace(
+            self.problem,
+            ul_objective=_repeatable(self.problem.ul_objective),
+            ll_objective=_repeatable(self.problem.ll_objective),
         )
+        implicit = repeatable.implicit(solver="minres", ll_learning_rate=1.0, k=_SOLVE_STEPS, rtol=1e-10)
         result = implicit.compute_gradients(*self.validate, train_data=self.train[0], train_target=self.train[1])
         for name, param in self.ul_params().items():
             param.grad = kept[name]

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from tune_implicit.checks.findings import AGREES, CheckReport
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.checks.inspection import Inspection
 from tune_implicit.errors import DivergedError
-from tune_implicit.hypergradients.settings import make_solver
+from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.solvers.minres import Minres
 from tune_implicit.hypergradients.solvers.solution import Status
 from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum
@@ -22,7 +23,7 @@ from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.splits import batches_of, move
-from tune_implicit.trials.trainer import BilevelTrainer, make_implicit
+from tune_implicit.trials.trainer import BilevelTrainer
 
 __all__ = ["Rehearsal"]
 
@@ -193,7 +194,7 @@ class Rehearsal:
         """Solve with the settings, and find the ``k`` that each solver needs."""
         settings = replace(self.settings, warm_start=False)
         data, target = self.fixed.train
-        implicit = make_implicit(self.problem, settings)
+        implicit = self.problem.implicit(**settings.of_a_solve)
         result = implicit.compute_gradients(*self.fixed.validate, train_data=data, train_target=target)
         self.problem.ul_model.zero_grad()
         told = f"{settings.solver}, k={settings.k}: {result.status.value}"
@@ -209,8 +210,12 @@ class Rehearsal:
         step_sizes = {"neumann": settings.ll_learning_rate}
         if "largest_step_size" in self.report.figures:
             step_sizes["neumann_auto"] = _FASTEST * self.report.figures["largest_step_size"]
-        solvers = {name: {k: make_solver(name, 1.0, k, 0.0, 0.0) for k in K_GRID} for name in ("cg", "minres")}
-        solvers |= {name: {k: make_solver("neumann", a, k, 0.0, 0.0) for k in K_GRID} for name, a in step_sizes.items()}
+        ways: dict[str, dict[str, Any]] = {name: {"solver": name} for name in ("cg", "minres")}
+        ways |= {name: {"solver": "neumann", "step_size": step_size} for name, step_size in step_sizes.items()}
+        solvers = {
+            name: {k: SolverSettings(k=k, tolerance=0.0, **way).make_solver() for k in K_GRID}
+            for name, way in ways.items()
+        }
         needed = least_k(self.fixed, settings.damping, solvers, time.perf_counter() + _EFFORT_S)
         self.report.figures.update({f"k_{name}": k for name, k in needed.items()})
         if not needed and not self.report.faults:

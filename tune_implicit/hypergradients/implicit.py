@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
@@ -23,8 +22,7 @@ from tune_implicit.hypergradients.inverse_hvp import InverseHvp
 from tune_implicit.hypergradients.noise import halves
 from tune_implicit.hypergradients.products import SecondOrder
 from tune_implicit.hypergradients.rng import preserved_rng
-from tune_implicit.hypergradients.settings import STOPS
-from tune_implicit.hypergradients.solvers.solution import Solver
+from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.state import Objective, State, check_models, named_trainable
 from tune_implicit.hypergradients.vectors import flatten, norm_of
 
@@ -54,29 +52,9 @@ class Implicit:
     k : int
         Most iterations of the solver.
     tolerance : float, default 1e-10
-        The solver stops once the residual's norm is below it.
-    solver : {"neumann", "cg", "minres", "dense"} or Solver, default "neumann"
-        A solver object brings its own step size, k and tolerances, and those given here are not used.
-    rtol : float, default 0
-        The solver stops once the residual's norm is below ``rtol * ||dF/dw||``.
-    step_size : float or "auto", optional
-        Of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` estimates the largest that converges, for 10
-        hvps in the first call and one in each after it.
-    damping : float, default 0
-        Added to the diagonal of ``H``, which moves the answer and makes an indefinite ``H`` definite.
-    stop : {"tolerance", "noise"}, default "tolerance"
-        With ``"noise"`` the solver also stops once its residual is below the standard error of ``dF/dw``, which the two
-        halves of the validation batch tell, for one gradient more: the hypergradient is then as exact as the batch.
-        That the training batch is a sample too is not counted, so that it errs on the side of solving too far.
-    warm_start : bool, default False
-        Start each solve along the last answer, for one hvp more than from zero. :meth:`state_dict` holds it.
-    preconditioner_memory : int, default 0
-        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next. It gains where ``H``
-        changes slowly, on full or large training batches; on small ones it may cost more than it saves.
-    fallback : bool, default False
-        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
-    verify : bool, default False
-        Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
+        The solver has converged once the residual's norm is below it.
+    **settings
+        The other fields of :class:`SolverSettings`, e.g. ``solver="cg"``.
 
     Raises
     ------
@@ -108,46 +86,19 @@ class Implicit:
         ll_learning_rate: float,
         k: int,
         tolerance: float = 1e-10,
-        *,
-        solver: str | Solver = "neumann",
-        rtol: float = 0.0,
-        step_size: float | str | None = None,
-        damping: float = 0.0,
-        stop: str = "tolerance",
-        warm_start: bool = False,
-        preconditioner_memory: int = 0,
-        fallback: bool = False,
-        verify: bool = False,
+        **settings: Any,
     ) -> None:
         check_callable("ul_objective", ul_objective)
         check_callable("ll_objective", ll_objective)
         check_models(ul_model, ll_model)
         check_twice_differentiable("ll_model", ll_model)
-        if stop not in STOPS:
-            raise InvalidValueError(f"`stop` must be one of {', '.join(STOPS)}, got {stop!r}.")
-        if stop == "noise" and not isinstance(solver, str):
-            raise InvalidValueError(
-                f'`stop="noise"` sets the tolerance of a solver given by its name, got {solver!r}, which has its own.'
-            )
         self.ul_objective = ul_objective
         self.ul_model = ul_model
         self.ll_objective = ll_objective
         self.ll_model = ll_model
-        self._stop = stop
+        self.settings = SolverSettings(ll_learning_rate=ll_learning_rate, k=k, tolerance=tolerance, **settings)
         self._second_derivatives_checked = False
-        self._inverse_hvp = InverseHvp(
-            solver,
-            ll_learning_rate,
-            k,
-            tolerance,
-            rtol=rtol,
-            step_size=step_size,
-            damping=damping,
-            warm_start=warm_start,
-            preconditioner_memory=preconditioner_memory,
-            fallback=fallback,
-            verify=verify,
-        )
+        self._inverse_hvp = InverseHvp(self.settings)
 
     def compute_gradients(
         self,
@@ -212,7 +163,7 @@ class Implicit:
             if not self._second_derivatives_checked:
                 check_second_derivatives(ll_loss)
                 self._second_derivatives_checked = True
-            noise = self._noise(ul_state, ll_params) if self._stop == "noise" else math.nan
+            noise = self._noise(ul_state, ll_params) if self.settings.stop == "noise" else math.nan
             with no_autocast(ll_model):
                 second = SecondOrder(loss, ll_params)
                 del loss

@@ -1,7 +1,9 @@
 """How ``H v = b`` is solved: the only room that knows solvers by name."""
 
-from tune_implicit.errors import InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.solvers.arithmetic import check_stopping
+from dataclasses import dataclass
+
+from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.arguments import NON_NEGATIVE, POSITIVE, Rule, at_least, check_fields, one_of, ruled
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.dense import DenseSolve
 from tune_implicit.hypergradients.solvers.fallback import Damped, Fallback
@@ -10,59 +12,142 @@ from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
 from tune_implicit.hypergradients.solvers.solution import Solver
 
-__all__ = ["SOLVERS", "STOPS", "make_solver"]
+__all__ = ["SOLVERS", "SolverSettings"]
 
 SOLVERS = ("cg", "minres", "neumann", "dense")
-STOPS = ("tolerance", "noise")
+
+_SOLVER: Rule = (
+    f"one of {', '.join(SOLVERS)}, or an object with `solve(hvp, b, v0=None)`",
+    lambda value: not isinstance(value, str) or value in SOLVERS,
+)
+_STEP_SIZE: Rule = (
+    f'{POSITIVE[0]}, or "auto"',
+    lambda value: value in (None, "auto") or (isinstance(value, float) and POSITIVE[1](value)),
+)
 
 
-def make_solver(
-    solver: str | Solver,
-    step_size: float,
-    k: int,
-    tolerance: float,
-    rtol: float,
-    preconditioner: QuasiNewton | None = None,
-    fallback: bool = False,
-) -> Solver:
-    """Return the solver of a name, or ``solver`` itself where it is an object, which brings its own ``k``.
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings:
+    """How the system ``H v = b`` of a hypergradient is solved.
 
-    With ``fallback``, where it fails, MINRES is tried, then CG on a damped system, then the identity scaled.
+    Parameters
+    ----------
+    solver : {"neumann", "cg", "minres", "dense"} or Solver, default "neumann"
+        A solver object brings its own step size, k and tolerances, and those given here are not used.
+    ll_learning_rate : float, default 0.01
+        Step size of the Neumann series, and of the scaled identity that ``fallback`` ends with; it must be below
+        ``2 / lambda_max(H)``. Other solvers do not use it.
+    k : int, default 20
+        Most iterations of a solve.
+    tolerance : float, default 1e-10
+        A solve has converged once ``||b - H v||`` is below it.
+    rtol : float, default 0
+        A solve has converged once ``||b - H v||`` is below ``rtol * ||b||``.
+    step_size : float or "auto", optional
+        Of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` is 1.8 over a bound on ``lambda_max``, which
+        takes 10 hvps in the first solve and one in each after it.
+    damping : float, default 0
+        Added to the diagonal of ``H``, which moves the answer and makes an indefinite ``H`` definite.
+    stop : {"tolerance", "noise"}, default "tolerance"
+        With ``"noise"`` a solve has also converged once its residual is below the standard error of ``dF/dw``, which
+        the two halves of the validation batch tell, for one gradient more: the hypergradient is then as exact as the
+        batch. That the training batch is a sample too is not counted, so that it takes rather too many steps than too
+        few.
+    warm_start : bool, default False
+        Start each solve along the last answer, for one hvp more than from zero.
+    preconditioner_memory : int, default 0
+        Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next. It gains where ``H``
+        changes slowly, on full or large training batches; on small ones it may cost more than it saves.
+    fallback : bool, default False
+        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
+    verify : bool, default False
+        Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
 
     Raises
     ------
-    InvalidValueError
-        If the name is none of ``SOLVERS``, or an argument of the solver is out of range.
     InvalidTypeError
-        If ``solver`` is neither a name nor an object with ``solve``.
+        If a setting is of the wrong type.
+    InvalidValueError
+        If settings are out of range, or ask of a solver object what only a named solver does; one error tells all that
+        are out of range.
     """
-    check_stopping(k, tolerance, rtol)
-    made: Solver
-    match solver:
-        case "cg":
-            made = ConjugateGradient(k, tolerance, rtol, preconditioner)
-        case "minres":
-            made = Minres(k, tolerance, rtol)
-        case "neumann":
-            made = NeumannSeries(step_size, k, tolerance, rtol)
-        case "dense":
-            made = DenseSolve()
-        case str():
-            raise InvalidValueError(f"`solver` must be one of {', '.join(SOLVERS)}, or an object, got {solver!r}.")
-        case _:
-            if isinstance(solver, type) or not callable(getattr(solver, "solve", None)):
-                raise InvalidTypeError(
-                    f"`solver` must be one of {', '.join(SOLVERS)}, or an object with `solve(hvp, b, v0=None)`, "
-                    f"got {solver!r}."
-                )
-            made = solver
-    if not fallback:
-        return made
-    name = solver if isinstance(solver, str) else type(solver).__name__
-    chain = {
-        name: made,
-        "minres": Minres(k, tolerance, rtol),
-        "damped": Damped(ConjugateGradient(k, tolerance, rtol)),
-        "identity": NeumannSeries(step_size, 0),
-    }
-    return Fallback(chain)
+
+    solver: str | Solver = ruled(_SOLVER, "neumann")
+    ll_learning_rate: float = ruled(POSITIVE, 1e-2)
+    k: int = ruled(at_least(0), 20)
+    tolerance: float = ruled(at_least(0), 1e-10)
+    rtol: float = ruled(at_least(0), 0.0)
+    step_size: float | str | None = ruled(_STEP_SIZE, None)
+    damping: float = ruled(NON_NEGATIVE, 0.0)
+    stop: str = ruled(one_of(("tolerance", "noise")), "tolerance")
+    warm_start: bool = False
+    preconditioner_memory: int = ruled(at_least(0), 0)
+    fallback: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.stop == "noise" and not isinstance(self.solver, str):
+            raise InvalidValueError(
+                f'`stop="noise"` sets the tolerance of a solver given by its name, got {self.solver!r}, which has its '
+                "own."
+            )
+        if self.preconditioner_memory and self.solver != "cg":
+            raise InvalidValueError(
+                f'`preconditioner_memory` is for `solver="cg"`, got {self.solver!r}. Pass 0, or that solver.'
+            )
+
+    @property
+    def estimates_step_size(self) -> bool:
+        """Whether the step size of the series is to be estimated from ``H``."""
+        return self.solver == "neumann" and self.step_size == "auto"
+
+    @property
+    def given_step_size(self) -> float:
+        """The step size of the series where it is not estimated."""
+        return self.step_size if isinstance(self.step_size, float) else self.ll_learning_rate
+
+    def preconditioner(self) -> QuasiNewton | None:
+        """Return an empty preconditioner, where there is to be one."""
+        wanted = self.preconditioner_memory and self.solver == "cg"
+        return QuasiNewton(self.preconditioner_memory) if wanted else None
+
+    def make_solver(
+        self, step_size: float | None = None, noise: float = 0.0, preconditioner: QuasiNewton | None = None
+    ) -> Solver:
+        """Return the solver, and those that follow where it fails.
+
+        Parameters
+        ----------
+        step_size : float, optional
+            Of the series, in place of :attr:`given_step_size`.
+        noise : float, default 0
+            A residual norm below which to solve no further.
+        preconditioner : QuasiNewton, optional
+            Of CG.
+        """
+        step_size = self.given_step_size if step_size is None else step_size
+        k, tolerance, rtol = self.k, max(self.tolerance, noise), self.rtol
+        solver: Solver
+        match self.solver:
+            case "cg":
+                solver = ConjugateGradient(k, tolerance, rtol, preconditioner)
+            case "minres":
+                solver = Minres(k, tolerance, rtol)
+            case "neumann":
+                solver = NeumannSeries(step_size, k, tolerance, rtol)
+            case "dense":
+                solver = DenseSolve()
+            case _:
+                assert not isinstance(self.solver, str), "its name was checked"
+                solver = self.solver
+        if not self.fallback:
+            return solver
+        name = self.solver if isinstance(self.solver, str) else type(self.solver).__name__
+        chain = {
+            name: solver,
+            "minres": Minres(k, tolerance, rtol),
+            "damped": Damped(ConjugateGradient(k, tolerance, rtol)),
+            "identity": NeumannSeries(step_size, 0),
+        }
+        return Fallback(chain)

@@ -15,6 +15,7 @@ from tune_implicit.searches.outcome import CHECKPOINT_ATTR, CONFIG_ATTR, FAILURE
 from tune_implicit.searches.results import Summary, append_trials, earlier_seconds, read_trials
 from tune_implicit.searches.study import interrupted
 from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
+from tune_implicit.trials.config import merged
 
 __all__ = ["ARTIFACTS", "RAY_FOLDER", "Ledger", "Progress"]
 
@@ -123,7 +124,7 @@ def _row(trial: FrozenTrial, settings: Mapping[str, Any], start: datetime) -> di
         "number": trial.number,
         "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state, "failed"),
         "value": trial.value if trial.state is not TrialState.FAIL else None,
-        "config": {**settings, **attrs.get(CONFIG_ATTR, trial.params)},
+        "config": merged(settings, attrs.get(CONFIG_ATTR, trial.params)),
         "metrics": attrs.get(METRICS_ATTR, {}),
         "failure": attrs.get(FAILURE_ATTR),
         "started_s": (trial.datetime_start - start).total_seconds() if trial.datetime_start else 0.0,

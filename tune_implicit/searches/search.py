@@ -18,6 +18,7 @@ from tune_implicit.searches.quiet import quiet_optuna
 from tune_implicit.searches.results import SearchResult
 from tune_implicit.searches.space import Space, check_space
 from tune_implicit.searches.study import direction_of, end_running, open_study, queue_interrupted
+from tune_implicit.trials.config import merged
 from tune_implicit.trials.trial import ProblemFactory
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def search(
     check_space(space)
     direction = direction_of(mode)
     folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
-    settings = dict(settings or {}) if seed is None else {"seed": seed, **(settings or {})}
+    settings = merged({} if seed is None else {"seed": seed}, settings or {})
     with quiet_optuna():
         study = open_study(folder, storage, resume, space, settings, direction, metric)
         queue_interrupted(study, space)

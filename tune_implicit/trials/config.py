@@ -1,14 +1,18 @@
-"""The record of which keys of a config someone has read."""
+"""A trial's config: the settings that all trials share, under what the search picked; and which keys were read."""
 
-import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.trials.settings import ImplicitSettings
+from tune_implicit.trials.settings import SETTINGS
 
-__all__ = ["TrackedConfig"]
+__all__ = ["TrackedConfig", "merged"]
+
+
+def merged(settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial's whole config: ``settings``, the same in every trial, under what the search picked."""
+    return {**(settings or {}), **config}
 
 
 class TrackedConfig(dict[str, Any]):
@@ -30,15 +34,14 @@ class TrackedConfig(dict[str, Any]):
         InvalidValueError
             If there is a key that no one reads: the search would vary what has no effect.
         """
-        settings = [field.name for field in dataclasses.fields(ImplicitSettings)]
         mistakes = []
-        for key in sorted(self._unread.difference(settings)):
-            close = difflib.get_close_matches(key, settings, n=1)
+        for key in sorted(self._unread.difference(SETTINGS)):
+            close = difflib.get_close_matches(key, SETTINGS, n=1)
             mistakes.append(f"{key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
         if mistakes:
             raise InvalidValueError(
                 f"No one reads the config's {', '.join(mistakes)}. Read it in your problem's factory, take it out of "
-                f"the space, or use the name of a setting: {', '.join(settings)}."
+                f"the space, or use the name of a setting: {', '.join(SETTINGS)}."
             )
 
     def __getitem__(self, key: str) -> Any:

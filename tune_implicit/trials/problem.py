@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.arguments import check_callable
+from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.state import Batch, Objective, State, check_models
 from tune_implicit.trials.record import RESERVED_METRICS
 from tune_implicit.trials.splits import check_split
@@ -102,3 +103,7 @@ class BilevelProblem:
     def selected_on(self) -> str:
         """The split that trials are compared on: ``"select_data"``, or ``"validate_data"`` where there is none."""
         return "validate_data" if self.select_data is None else "select_data"
+
+    def implicit(self, **settings: Any) -> Implicit:
+        """Return what computes this problem's hypergradients, with settings of :class:`SolverSettings`."""
+        return Implicit(self.ul_objective, self.ul_model, self.ll_objective, self.ll_model, **settings)

@@ -12,14 +12,13 @@ from torch import Tensor
 from tune_implicit.errors import CheckpointError, DivergedError, SolveError
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
-from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import Batch, State, named_trainable
 from tune_implicit.trials.problem import BilevelProblem, OptimizerFactory
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.splits import BatchStream, move
 
-__all__ = ["COUNTERS", "FORMAT_VERSION", "BilevelTrainer", "Step", "make_implicit"]
+__all__ = ["COUNTERS", "FORMAT_VERSION", "BilevelTrainer", "Step"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class BilevelTrainer:
         self._own_options = {name: _options(optimizer) for name, optimizer in self._optimizers().items()}
         self._train = BatchStream("train_data", problem.train_data)
         self._validate = BatchStream("validate_data", problem.validate_data)
-        self._implicit = make_implicit(problem, settings)
+        self._implicit = problem.implicit(**settings.of_a_solve)
 
     def step(self) -> Step:
         """Take ``ll_steps`` optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
@@ -257,29 +256,6 @@ class BilevelTrainer:
         self._train.load_state_dict(state["data"]["train"])
         self._validate.load_state_dict(state["data"]["validate"])
         set_rng_state(state["rng"])
-
-
-def make_implicit(problem: BilevelProblem, settings: ImplicitSettings) -> Implicit:
-    """Return what computes the hypergradients of ``problem`` with these settings."""
-    return Implicit(
-        problem.ul_objective,
-        problem.ul_model,
-        problem.ll_objective,
-        problem.ll_model,
-        settings.ll_learning_rate,
-        settings.k,
-        settings.tolerance,
-        solver=settings.solver,
-        rtol=settings.rtol,
-        step_size=settings.step_size,
-        damping=settings.damping,
-        stop=settings.stop,
-        warm_start=settings.warm_start,
-        # A search picks solvers: what is for one of them does not bother the others.
-        preconditioner_memory=settings.preconditioner_memory if settings.solver == "cg" else 0,
-        fallback=settings.on_failure == "fallback",
-        verify=settings.verify,
-    )
 
 
 def _make_optimizer(factory: OptimizerFactory, params: list[Any], learning_rate: float) -> torch.optim.Optimizer:

@@ -265,8 +265,8 @@ def test_curvatures_lie_in_the_spectrum() -> None:
 @pytest.mark.parametrize(
     ("memory", "error", "message"),
     [
-        (0, ValueError, "`memory` must be positive, got 0. It is the pairs"),
-        (-2, ValueError, "`memory` must be positive, got -2"),
+        (0, ValueError, "`memory` must be 1 or more, got 0"),
+        (-2, ValueError, "`memory` must be 1 or more, got -2"),
         (1.5, TypeError, "`memory` must be an integer, got 1.5"),
         (True, TypeError, "`memory` must be an integer, got True"),
     ],

@@ -258,7 +258,7 @@ def test_a_trial_that_loads_a_donors_checkpoint_keeps_its_own_settings(tmp_path:
     assert (trainer.ul_step, len(heir._trial.history)) == (2, 1)
     assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05
     assert trainer._ul_optimizer.param_groups[0]["lr"] == 0.5
-    solver = trainer._implicit._inverse_hvp._make_solver(0.05, noise=0.0)
+    solver = trainer._implicit._inverse_hvp._settings.make_solver(0.05)
     assert (solver.k, solver.tolerance) == (7, 1e-6)
     heir.train()
     assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05

@@ -1,19 +1,15 @@
 """Scales, inner products, norms and stopping: what the solvers' loops share."""
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.arguments import check_number
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
 __all__ = [
     "certain_norm",
-    "check_stopping",
     "dot",
     "norm",
     "read",
@@ -29,25 +25,6 @@ _ORDINARY = 30
 
 # As many entries of two float32 vectors and of their product stay in the cache of one core.
 _IN_CACHE = 2**15
-
-
-def check_stopping(k: int, tolerance: float, rtol: float) -> None:
-    """Check the arguments that the iterative solvers share.
-
-    Raises
-    ------
-    InvalidTypeError
-        If ``k`` is not an integer, or a tolerance no number.
-    InvalidValueError
-        If ``k``, ``tolerance`` or ``rtol`` is negative, or one of the tolerances NaN.
-    """
-    check_number("k", k, numbers.Integral)
-    if k < 0:
-        raise InvalidValueError(f"`k` must not be negative, got {k}. It is the most iterations a solve may take.")
-    for name, value in (("tolerance", tolerance), ("rtol", rtol)):
-        check_number(name, value)
-        if not value >= 0:
-            raise InvalidValueError(f"`{name}` must not be negative or NaN, got {value}. Pass 0 to switch it off.")
 
 
 def unsolvable(b: Tensor) -> tuple[float, Solution | None]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tune_implicit.hypergradients.arguments import at_least, check_fields, ruled
 from tune_implicit.hypergradients.solvers.arithmetic import (
     certain_norm,
-    check_stopping,
     dot,
     read,
     scaled,
@@ -60,13 +60,13 @@ class ConjugateGradient:
     Algorithm 7.1.
     """
 
-    k: int
-    tolerance: float = 1e-10
-    rtol: float = 0.0
+    k: int = ruled(at_least(0))
+    tolerance: float = ruled(at_least(0), 1e-10)
+    rtol: float = ruled(at_least(0), 0.0)
     preconditioner: QuasiNewton | None = None
 
     def __post_init__(self) -> None:
-        check_stopping(self.k, self.tolerance, self.rtol)
+        check_fields(self)
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` of shape (n,) with its status, step count and residual norm.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.arguments import at_least, check_fields, ruled
 from tune_implicit.hypergradients.solvers.arithmetic import norm, scaled, unsolvable
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
@@ -32,11 +33,10 @@ class DenseSolve:
         If ``max_size`` is not positive.
     """
 
-    max_size: int = 5000
+    max_size: int = ruled(at_least(1), 5000)
 
     def __post_init__(self) -> None:
-        if self.max_size < 1:
-            raise InvalidValueError(f"`max_size` must be positive, got {self.max_size}.")
+        check_fields(self)
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` of shape (n,) with its status, step count and residual norm.

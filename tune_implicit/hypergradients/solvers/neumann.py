@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.arguments import check_number
+from tune_implicit.hypergradients.arguments import POSITIVE, at_least, check_fields, ruled
 from tune_implicit.hypergradients.solvers.arithmetic import (
     certain_norm,
-    check_stopping,
     dot,
     norm,
     read,
@@ -68,16 +66,13 @@ class NeumannSeries:
     (proceedings), Algorithm 3; the arXiv version's Algorithms 2 and 3 had typos. "T1-T2": Luketina et al., ICML 2016.
     """
 
-    step_size: float
-    k: int
-    tolerance: float = 1e-10
-    rtol: float = 0.0
+    step_size: float = ruled(POSITIVE)
+    k: int = ruled(at_least(0))
+    tolerance: float = ruled(at_least(0), 1e-10)
+    rtol: float = ruled(at_least(0), 0.0)
 
     def __post_init__(self) -> None:
-        check_number("step_size", self.step_size)
-        if not (self.step_size > 0 and math.isfinite(self.step_size)):
-            raise InvalidValueError(f"`step_size` must be positive and finite, got {self.step_size}.")
-        check_stopping(self.k, self.tolerance, self.rtol)
+        check_fields(self)
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` of shape (n,) with its status, step count and residual norm.

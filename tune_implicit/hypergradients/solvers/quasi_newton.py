@@ -1,13 +1,11 @@
 """A preconditioner for conjugate gradient, made of the products that earlier solves have paid for."""
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.arguments import check_number
+from tune_implicit.hypergradients.arguments import at_least, check_argument
 
 __all__ = ["QuasiNewton"]
 
@@ -41,10 +39,7 @@ class QuasiNewton:
     """
 
     def __init__(self, memory: int) -> None:
-        check_number("memory", memory, numbers.Integral)
-        if memory < 1:
-            raise InvalidValueError(f"`memory` must be positive, got {memory}. It is the pairs of vectors to keep.")
-        self.memory = memory
+        self.memory: int = check_argument("memory", memory, int, at_least(1))
         self._pairs: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:

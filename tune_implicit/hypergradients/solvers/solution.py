@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -97,6 +97,7 @@ class Solution:
     attempts: tuple[Attempt, ...] = ()
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Anything that solves ``H v = b`` given only products with ``H``."""
 

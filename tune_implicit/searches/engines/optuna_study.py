@@ -23,6 +23,7 @@ from tune_implicit.searches.outcome import (
 )
 from tune_implicit.searches.space import Space, check_space, suggest
 from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
+from tune_implicit.trials.config import merged
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
 from tune_implicit.trials.trial import TRIAL_FAILURES, ProblemFactory, Trial, run_trial
@@ -108,7 +109,7 @@ class ImplicitObjective:
             config = suggest(optuna_trial, self.space)
             write_config(optuna_trial, config)
             with preserved_rng():
-                record, failure = self._run({**self.settings, **config}, optuna_trial)
+                record, failure = self._run(merged(self.settings, config), optuna_trial)
             write_outcome(optuna_trial, record, failure)
         except BaseException as error:
             # Ctrl-C or a mistake: the trial ends with the search, and not by its own numbers.
