@@ -53,51 +53,56 @@ INDEFINITE = symmetric(torch.tensor([1.5, 1.3, 1.1, 0.9, 0.7, 0.5, 0.3, -0.2], d
 # ---- where a solve starts
 
 
-def test_start_is_the_best_multiple() -> None:
+def test_start_is_the_multiple_of_least_residual() -> None:
     h, b, v0 = spd(), vector(), vector(seed=1)
-    v, r = start(times(h), b, v0)
+    v, r, image = start(times(h), b, v0)
     best = torch.linalg.lstsq((h @ v0)[:, None], b[:, None]).solution.item()
     torch.testing.assert_close(v, best * v0)
     torch.testing.assert_close(r, b - h @ v)
+    assert image == pytest.approx(((h @ v0).norm() / v0.norm()).item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_start_is_never_worse_than_zero(magnitude: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("definite", [False, True])
+def test_start_is_never_worse_than_zero(definite: bool, magnitude: float, dtype: torch.dtype) -> None:
     for seed in range(20):
         h, b = spd(condition=1e4, seed=seed).to(dtype), vector(seed=seed).to(dtype)
-        v, r = start(times(h), b, (magnitude * vector(seed=seed + 50)).to(dtype))
+        found = start(times(h), b, (magnitude * vector(seed=seed + 50)).to(dtype), definite)
+        if found is None:
+            continue
+        v, r, _ = found
         assert r.norm() <= b.norm() * (1 + 1e-6)
+        assert v @ h @ v / 2 - b @ v <= 1e-6 or not definite
         torch.testing.assert_close(r, b - h @ v, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
-def test_start_of_an_answer_to_another_scale_is_the_answer() -> None:
+@pytest.mark.parametrize("definite", [False, True])
+def test_start_of_an_answer_to_another_scale_is_the_answer(definite: bool) -> None:
     h, b = spd(), vector()
-    _, r = start(times(h), b, -1e6 * torch.linalg.solve(h, b))
+    _, r, _ = start(times(h), b, -1e6 * torch.linalg.solve(h, b), definite)
     assert r.norm() < 1e-12
 
 
-def test_start_costs_one_product_and_none_from_zero() -> None:
-    for v0, expected in ((None, 0), (vector(seed=1), 1)):
-        hvp = Counted(spd())
-        start(hvp, vector(), v0)
-        assert hvp.count == expected
+def test_start_costs_one_product() -> None:
+    hvp = Counted(spd())
+    start(hvp, vector(), vector(seed=1))
+    assert hvp.count == 1
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
-def test_start_of_no_direction_is_zero(bad: float) -> None:
-    b = vector()
-    v, r = start(times(spd()), b, torch.full((8,), bad, dtype=F64))
-    assert torch.equal(v, torch.zeros_like(b))
-    assert torch.equal(r, b)
+def test_there_is_no_start_along_no_direction(bad: float) -> None:
+    assert start(times(spd()), vector(), torch.full((8,), bad, dtype=F64)) is None
 
 
 @pytest.mark.parametrize("product", [0.0, math.nan, math.inf])
-def test_start_along_a_direction_without_a_product_is_zero(product: float) -> None:
-    b = vector()
-    v, r = start(lambda v: torch.full_like(v, product), b, vector(seed=1))
-    assert torch.equal(v, torch.zeros_like(b))
-    assert torch.equal(r, b)
+def test_there_is_no_start_along_a_direction_without_a_product(product: float) -> None:
+    assert start(lambda v: torch.full_like(v, product), vector(), vector(seed=1)) is None
+
+
+def test_there_is_no_start_along_negative_curvature_for_a_definite_solver() -> None:
+    assert start(lambda v: -v, vector(), vector(seed=1), definite=True) is None
+    assert start(lambda v: -v, vector(), vector(seed=1)) is not None
 
 
 # ---- one solve after another
@@ -308,8 +313,8 @@ def test_automatic_step_size_is_that_of_the_damped_system() -> None:
 
 
 def test_damping_of_a_fallback_is_counted_with_it() -> None:
-    # With 0.1 on the diagonal the last is a kernel in which `b` has a part.
-    h, b = torch.tensor([1.0, 0.5, -0.1], dtype=F64).diag(), torch.ones(3, dtype=F64)
+    # With 0.1 on the diagonal the last is a kernel, and `b` lies in it.
+    h, b = torch.tensor([1.0, 0.5, -0.1], dtype=F64).diag(), torch.tensor([0.0, 0.0, 1.0], dtype=F64)
     got = make("cg", damping=0.1, fallback=True, verify=True).solve(times(h), b)
     assert [attempt.solver for attempt in got.attempts] == ["cg", "minres", "damped"]
     assert got.damping > 0.1
@@ -574,4 +579,4 @@ def test_a_warm_start_on_a_singular_matrix_is_no_failure() -> None:
     # What is left of `b` is its part in the kernel, which no step takes down: measured from the start, nothing moves.
     h = torch.cat([torch.zeros(10), torch.logspace(-1, 0, 40)])
     one, b = make("neumann", 20, 1.0, warm_start=True), vector(50).float()
-    assert {one.solve(lambda v: h * v, b).status for _ in range(30)} == {Status.MAX_STEPS}
+    assert {one.solve(lambda v: h * v, b).status for _ in range(30)} <= {Status.MAX_STEPS, Status.STAGNATED}

@@ -13,7 +13,12 @@ from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 
 def test_make_solver() -> None:
     stopping = (3, 1e-3, 1e-2)
-    expected = [ConjugateGradient(*stopping), Minres(*stopping), NeumannSeries(0.5, *stopping), DenseSolve()]
+    expected = [
+        ConjugateGradient(*stopping),
+        Minres(*stopping),
+        NeumannSeries(0.5, *stopping),
+        DenseSolve(5000, 1e-3, 1e-2),
+    ]
     settings = SolverSettings(ll_learning_rate=0.5, k=3, tolerance=1e-3, rtol=1e-2)
     assert [dataclasses.replace(settings, solver=name).make_solver() for name in SOLVERS] == expected
     assert dataclasses.replace(settings, solver=expected[0]).make_solver() is expected[0]

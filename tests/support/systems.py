@@ -3,7 +3,6 @@
 import io
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -25,19 +24,24 @@ def spd(n: int = 8, condition: float = 20.0, seed: int = 0) -> Tensor:
 
 
 def assert_certified(solution: Solution, h: Tensor, b: Tensor, bound: bool = False) -> None:
-    """Check the reported residual against one computed anew in float64, up to the rounding of ``b - H v``.
+    """Check the reported residual against one computed anew in float64: it is no less, and at most twice as much.
 
-    The roundings of the terms of a long series add up like a random walk. A truncated series reports a bound.
+    Rounding is on top of that, which adds up like a random walk. A truncated series reports a ``bound``.
     """
     assert solution.v.dtype == b.dtype
     h64, b64, v64 = h.to(F64), b.to(F64), solution.v.to(F64)
     recomputed = (b64 - h64 @ v64).norm().item()
     unit = torch.finfo(b.dtype).eps * (torch.linalg.matrix_norm(h64, 2) * v64.norm() + b64.norm()).item()
-    rounding = max(10, 2 * solution.steps**0.5) * unit
-    if bound and solution.status is Status.MAX_STEPS:
-        assert recomputed <= solution.residual_norm * (1 + 1e-6) + rounding
-        return
-    assert solution.residual_norm == pytest.approx(recomputed, rel=1e-6, abs=rounding)
+    assert recomputed <= solution.residual_norm * (1 + 1e-6) + unit
+    if not (bound and solution.status is Status.MAX_STEPS):
+        assert solution.residual_norm <= 2 * recomputed + 30 * (1 + solution.steps) ** 0.5 * unit
+
+
+def assert_no_worse_than_zero(solution: Solution, h: Tensor, b: Tensor) -> None:
+    """Check that ``v`` is no worse than 0 in its residual, or in the energy that CG and the series make small."""
+    h64, b64, v64 = h.to(F64), b.to(F64), solution.v.to(F64)
+    smaller = (b64 - h64 @ v64).norm() <= b64.norm() * (1 + 1e-6)
+    assert smaller or v64 @ h64 @ v64 / 2 <= b64 @ v64
 
 
 class Counted:

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.support.problems import Values, quadratic
 from tune_implicit.hypergradients.state import State, check_models, named_trainable
-from tune_implicit.trials.record import RESERVED_METRICS
+from tune_implicit.trials.record import RESERVED
 
 PROBLEM = quadratic().problem
 
@@ -83,4 +83,4 @@ def test_frozen_parameters_may_lie_anywhere_and_be_shared() -> None:
 def test_design_names_of_the_metrics_are_reserved() -> None:
     design = "select_loss validate_loss train_loss hypergradient_norm residual_norm relative_residual solver_steps"
     design += " solver_status skipped_ul_steps hvps gradient_evaluations ul_step ll_step completed"
-    assert set(design.split()) <= RESERVED_METRICS
+    assert set(design.split()) <= RESERVED

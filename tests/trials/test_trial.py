@@ -15,7 +15,7 @@ from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeErro
 from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.problem import BilevelProblem
-from tune_implicit.trials.record import RESERVED_METRICS
+from tune_implicit.trials.record import RESERVED
 from tune_implicit.trials.trial import Trial, run_trial
 
 X, Y = torch.randn(12, 3, generator=generator()), torch.randn(12, 1, generator=generator(1))
@@ -53,8 +53,8 @@ CONFIG = {"ul_steps": 5, "ul_steps_per_report": 2, "k": 2}
 def test_record_has_the_documented_names_and_flat_finite_values():
     trial = Trial(lambda config: linear_problem(config, {"metrics": {"mae": lambda s: 0.5}}), CONFIG)
     record = finish(trial)
-    # The series measures no curvature, and no noise was asked for.
-    assert set(record) == RESERVED_METRICS - {"failure", "lambda_min", "lambda_max", "noise_norm"} | {"mae"}
+    # The series meets no smallest curvature, and no noise was asked for.
+    assert set(record) == RESERVED - {"failure", "lambda_min", "noise_norm"} | {"mae"}
     assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
     assert json.loads(json.dumps(trial.history)) == trial.history
     assert [entry["ul_step"] for entry in trial.history] == [2, 4, 5]

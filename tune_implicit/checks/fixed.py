@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.utils import _pytree as pytree
 
+from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import twice_differentiable_kernels
@@ -59,7 +59,7 @@ class FixedProblem:
         models = {name: copy.deepcopy(getattr(self.problem, name)).double() for name in ("ul_model", "ll_model")}
 
         def double(batch: Batch) -> Batch:
-            doubled: Batch = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+            doubled: Batch = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
             return doubled
 
         return FixedProblem(replace(self.problem, **models), double(self.train), double(self.validate))

@@ -1,7 +1,7 @@
-"""A hypergradient with its certificate: how exact it is, and why where it failed."""
+"""A hypergradient: the value, what vouches for it, and why it failed where it did."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from tune_implicit.hypergradients.vectors import norm_of
 
 __all__ = ["Hypergradient", "certified"]
 
+# A relative stationarity above which the ll weights are surely at no smooth minimum.
+_STATIONARY = 1e-3
+
 
 @dataclass(frozen=True)
 class Hypergradient:
@@ -22,27 +25,20 @@ class Hypergradient:
     ----------
     gradients : dict of str to Tensor
         By name of the ul model's parameter, in its shape and dtype. Empty where the status is a failure.
-    status : Status
-        How the solve of ``H v = dF/dw`` ended; ``NON_FINITE`` also where a loss or the gradient itself is not finite.
-    residual_norm, relative_residual : float
-        ``||dF/dw - H v||``, and the same over ``||dF/dw||``: 0 is exact, 1 no better than no implicit term. For a
-        truncated Neumann series it is the norm of its last term, which bounds it where the series converges, and NaN
-        where ``k = 0``; ``verify`` measures it.
-    solver_steps, hvps : int
-        Iterations of the solver, and the Hessian-vector products taken in all.
-    lambda_min, lambda_max : float
-        The smallest and the largest curvature that the solve met, between the extreme eigenvalues of ``H``; NaN where
-        it measured none.
-    damping : float
-        What was added to the diagonal of ``H``. All that is said of the solve is then said of that matrix.
+    solution : Solution
+        Of ``H v = dF/dw``, with :attr:`damping` added to the diagonal of ``H``; its fields are attributes here as well.
+    solver : str
+        The name of the solver that answered.
+    b_norm : float
+        ``||dF/dw||``.
+    hvps : int
+        Hessian-vector products taken in all.
     noise_norm : float
         With ``stop="noise"``, the standard error of ``dF/dw`` on the validation batch, as a norm; else NaN.
-    attempts : tuple of Attempt
-        Of a solver with a fallback: each solver tried, and how it ended.
-    v : Tensor, shape (n,)
-        The inverse-HVP, over the ll parameters in their order.
     stationarity : float
         ``||df/dw||`` on the batch; the hypergradient's formula assumes 0.
+    ll_norm : float
+        ``||w||``.
     norm : float
         Of the hypergradient over all ul values; NaN where the status is a failure.
     ul_loss, ll_loss : float
@@ -50,76 +46,132 @@ class Hypergradient:
     """
 
     gradients: dict[str, Tensor]
-    status: Status
-    residual_norm: float
-    relative_residual: float
-    solver_steps: int
+    solution: Solution
+    solver: str
+    b_norm: float
     hvps: int
-    lambda_min: float
-    lambda_max: float
-    damping: float
     noise_norm: float
-    attempts: tuple[Attempt, ...]
-    v: Tensor
     stationarity: float
+    ll_norm: float
     norm: float
     ul_loss: float
     ll_loss: float
 
     @property
+    def v(self) -> Tensor:
+        """The inverse-HVP of shape (n,), over the ll parameters in their order."""
+        return self.solution.v
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended; ``NON_FINITE`` also where a loss or the gradient itself is not finite."""
+        return self.solution.status
+
+    @property
+    def residual_norm(self) -> float:
+        """``||dF/dw - H v||``, or the most that it can be.
+
+        For a truncated Neumann series it is the norm of its last term, which bounds it where the series converges, and
+        NaN where ``k = 0``; ``verify`` measures it.
+        """
+        return self.solution.residual_norm
+
+    @property
+    def relative_residual(self) -> float:
+        """The residual norm over ``||dF/dw||``: 0 is exact. A truncated solve by CG may start above 1."""
+        return self.residual_norm / self.b_norm if self.b_norm else 0.0
+
+    @property
+    def relative_stationarity(self) -> float:
+        """``||df/dw|| / (lambda_max ||w||)``, with the largest curvature that the solve met; NaN where it met none.
+
+        It is the part of their length by which the ll weights have at least to move to get to a stationary point.
+        Where further training does not make it small, the ll problem has a kink or a constraint at its solution, as L1
+        penalties and projections do: the formula, which takes it to be smooth there, does not hold.
+        """
+        scale = abs(self.lambda_max) * self.ll_norm
+        return self.stationarity / scale if scale else (math.inf if self.stationarity else 0.0)
+
+    @property
+    def solver_steps(self) -> int:
+        """Iterations of the solver."""
+        return self.solution.steps
+
+    @property
+    def lambda_min(self) -> float:
+        """The smallest curvature that the solve met, no less than the smallest eigenvalue of ``H``; NaN for none."""
+        return self.solution.lambda_min
+
+    @property
+    def lambda_max(self) -> float:
+        """The largest curvature that the solve met, no more than the largest eigenvalue of ``H``; NaN for none."""
+        return self.solution.lambda_max
+
+    @property
+    def damping(self) -> float:
+        """What was added to the diagonal of ``H``."""
+        return self.solution.damping
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Of a solver with a fallback: each solver tried, and how it ended."""
+        return self.solution.attempts
+
+    @property
     def reason(self) -> str:
         """Why the solve failed and what to do about it, in a sentence or two; empty where it did not."""
-        match self.status:
-            case Status.DIVERGED if math.isnan(self.lambda_max):
-                return "The solution is worse than none. Take another solver, or a smaller step size."
-            case Status.DIVERGED:
-                return (
-                    f"The largest eigenvalue of the Hessian is at least {self.lambda_max:.3g}, so that the step size "
-                    f"must be below {2 / self.lambda_max:.3g}. "
-                    'Take a smaller `ll_learning_rate`, `step_size="auto"`, or `solver="cg"`.'
-                )
-            case Status.NEGATIVE_CURVATURE:
-                return (
-                    "The Hessian has a direction of negative or no curvature: the ll model is not at a minimum, or has "
-                    'a flat direction. Train it longer, add `damping`, or take `solver="minres"`.'
-                )
-            case Status.NON_FINITE:
-                return f"A loss or a derivative is not finite: ul loss {self.ul_loss:g}, ll loss {self.ll_loss:g}."
-            case Status.UNVERIFIED:
-                return "The residual computed anew is larger than the one that the solver reported."
-        return ""
+        if not self.status.failed:
+            return ""
+        seen = ""
+        if self.status is Status.DIVERGED and math.isfinite(self.lambda_max):
+            seen = (
+                f" The largest eigenvalue of the Hessian is at least {self.lambda_max:.3g}: a step size must be below "
+                f"{2 / self.lambda_max:.3g}."
+            )
+        if self.status is Status.NON_FINITE:
+            seen = f" The ul loss is {self.ul_loss:g}, the ll loss {self.ll_loss:g}."
+        return self.status.explanation + seen
+
+    @property
+    def caveat(self) -> str:
+        """What to know of an answer before it is trusted, in a sentence or two; empty where there is nothing."""
+        if self.status.failed:
+            return ""
+        told = "" if self.status is Status.CONVERGED else self.status.explanation
+        if self.relative_stationarity > _STATIONARY:
+            told += (
+                f" ||df/dw|| is {self.stationarity:.3g}, and the formula takes it to be 0: train the ll model longer, "
+                "or, where that does not help, smooth the kink or the constraint at its solution."
+            )
+        return told.strip()
 
 
 def certified(
     gradients: dict[str, Tensor],
     solution: Solution,
+    solver: str,
     second: SecondOrder,
     b: Tensor,
+    ll_norm: float,
     noise: float,
-    ul_loss: Loss,
-    ll_loss: Loss,
+    losses: tuple[Loss, Loss],
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
-    norms = [norm_of([b]), second.stationarity, norm_of(list(gradients.values()))]
-    b_norm, stationarity, norm, ul_value, ll_value = torch.stack([*norms, ul_loss.value, ll_loss.value]).tolist()
-    status = solution.status
-    if not (status.failed or all(map(math.isfinite, (stationarity, norm, ul_value, ll_value)))):
-        status = Status.NON_FINITE
+    scalars = [norm_of([b]), second.stationarity, norm_of(list(gradients.values())), *(loss.value for loss in losses)]
+    b_norm, stationarity, norm, ul_loss, ll_loss = torch.stack(scalars).tolist()
+    if not (solution.status.failed or all(map(math.isfinite, (stationarity, norm, ul_loss, ll_loss)))):
+        solution = replace(solution, status=Status.NON_FINITE)
+    failed = solution.status.failed
     return Hypergradient(
-        gradients={} if status.failed else gradients,
-        status=status,
-        residual_norm=solution.residual_norm,
-        relative_residual=solution.residual_norm / b_norm if b_norm else 0.0,
-        solver_steps=solution.steps,
+        gradients={} if failed else gradients,
+        solution=solution,
+        solver=solution.attempts[-1].solver if solution.attempts else solver,
+        b_norm=b_norm,
         hvps=second.hvps,
-        lambda_min=solution.lambda_min,
-        lambda_max=solution.lambda_max,
-        damping=solution.damping,
         noise_norm=noise,
-        attempts=solution.attempts,
-        v=solution.v,
         stationarity=stationarity,
-        norm=math.nan if status.failed else norm,
-        ul_loss=ul_value,
-        ll_loss=ll_value,
+        ll_norm=ll_norm,
+        norm=math.nan if failed else norm,
+        ul_loss=ul_loss,
+        ll_loss=ll_loss,
     )

@@ -1,30 +1,30 @@
 """The hypergradient: direct minus implicit term."""
 
 import math
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
 from tune_implicit.hypergradients.guards.twice import (
     check_second_derivatives,
     check_twice_differentiable,
-    no_autocast,
+    named_derivatives,
     twice_differentiable_kernels,
 )
-from tune_implicit.hypergradients.guards.untouched import check_unedited, fingerprint, untouched
+from tune_implicit.hypergradients.guards.untouched import Fingerprint, untouched
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
-from tune_implicit.hypergradients.noise import halves
+from tune_implicit.hypergradients.noise import standard_error
 from tune_implicit.hypergradients.products import SecondOrder
-from tune_implicit.hypergradients.rng import preserved_rng
 from tune_implicit.hypergradients.settings import SolverSettings
-from tune_implicit.hypergradients.state import Objective, State, check_models, named_trainable
-from tune_implicit.hypergradients.vectors import flatten, norm_of
+from tune_implicit.hypergradients.state import Batch, Objective, State, check_models, named_trainable
+from tune_implicit.hypergradients.vectors import flatten
 
 __all__ = ["Implicit"]
 
@@ -132,8 +132,8 @@ class Implicit:
         InvalidTypeError
             If an objective does not return a floating tensor.
         InvalidValueError
-            If an objective returns more than a scalar or a loss that depends on no parameter, tensors lie on two
-            devices, or a ul parameter is used by neither objective.
+            If an objective returns more than a scalar, depends on no parameter, or uses what torch cannot differentiate
+            as often as needed; if tensors lie on two devices, or a ul parameter is used by neither objective.
         """
         ll_model = self.ll_model
         if auxiliary_model is not None:
@@ -141,53 +141,51 @@ class Implicit:
             check_twice_differentiable("auxiliary_model", auxiliary_model)
             ll_model = auxiliary_model
         ul_params, ll_params = named_trainable(self.ul_model), list(named_trainable(ll_model).values())
-        check_devices(ll_params[0].device, validate=(validate_data, validate_target), train=(train_data, train_target))
+        validate, train = (validate_data, validate_target), (train_data, train_target)
+        check_devices(ll_params[0].device, validate=validate, train=train)
 
-        with untouched(self.ul_model, ll_model), torch.enable_grad():
-            before = fingerprint([*ul_params.values(), *ll_params])
-            ul_state = State(validate_data, validate_target, self.ul_model, ll_model)
-            loss = scalar_loss("ul_objective", self.ul_objective(ul_state))
-            first = grad(loss, [*ll_params, *ul_params.values()], allow_unused=True)
-            b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
-            # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
-            b = b.to(torch.promote_types(_coarsest(ll_params), torch.float32))
-            direct = first[len(ll_params) :]
+        with untouched(self.ul_model, ll_model) as put_back, torch.enable_grad():
+
+            def loss_of(objective: str, batch: Batch) -> Tensor:
+                put_back()  # what one objective does to modes and random state is no part of the other
+                return scalar_loss(objective, getattr(self, objective)(State(*batch, self.ul_model, ll_model)))
+
+            ul_loss_of, ll_loss_of = partial(loss_of, "ul_objective"), partial(loss_of, "ll_objective")
+            ul_print, ll_print = Fingerprint(list(ul_params.values())), Fingerprint(ll_params)
+            with named_derivatives("ul_objective", ll_model, partial(ul_loss_of, validate)):
+                loss = ul_loss_of(validate)
+                b, direct = _first_derivatives(loss, ll_params, list(ul_params.values()))
             ul_loss = Loss(loss)
-            del first, loss  # `b` holds a copy
+            del loss
+            noise = standard_error(ul_loss_of, validate, ll_params) if self.settings.stop == "noise" else math.nan
 
-            ll_state = State(train_data, train_target, self.ul_model, ll_model)
-            with twice_differentiable_kernels(ll_model):
-                loss = scalar_loss("ll_objective", self.ll_objective(ll_state))
-            ll_loss = Loss(loss)
-            check_unedited([*ul_params.values(), *ll_params], before)
-            if not self._second_derivatives_checked:
-                check_second_derivatives(ll_loss)
-                self._second_derivatives_checked = True
-            noise = self._noise(ul_state, ll_params) if self.settings.stop == "noise" else math.nan
-            with no_autocast(ll_model):
+            with (
+                twice_differentiable_kernels(ll_model),
+                named_derivatives("ll_objective", ll_model, partial(ll_loss_of, train)),
+            ):
+                loss = ll_loss_of(train)
+                ll_loss = Loss(loss)
+                ul_print.check()
+                ll_print.check()
+                if not self._second_derivatives_checked:
+                    check_second_derivatives(ll_loss)
+                    self._second_derivatives_checked = True
                 second = SecondOrder(loss, ll_params)
                 del loss
+                b = _of_used(b, ll_params, second.unused)
                 solution = self._inverse_hvp.solve(
                     second.hvp, b, noise if math.isfinite(noise) else 0.0, _coarsest(ll_params)
                 )
                 mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
+        losses = ul_loss, ll_loss
         terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
-        check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, ul_loss, ll_loss)
+        check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, *losses)
         gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
-        result = certified(gradients, solution, second, b, noise, ul_loss, ll_loss)
+        result = certified(gradients, solution, self.settings.solver_name, second, b, ll_print.norm, noise, losses)
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
         return result
-
-    def _noise(self, state: State, ll_params: list[nn.Parameter]) -> float:
-        """Return the norm of the standard error of ``dF/dw``: half the difference between two half-batches."""
-        gradients = []
-        with preserved_rng():
-            for half in halves((state.data, state.target)):
-                loss = scalar_loss("ul_objective", self.ul_objective(replace(state, data=half[0], target=half[1])))
-                gradients.append(grad(loss, ll_params, allow_unused=True, materialize_grads=True))
-        return norm_of([(one - other) / 2 for one, other in zip(*gradients, strict=True)]).item()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next call would start from: tensors, or ``None``, that load with ``weights_only=True``."""
@@ -196,6 +194,16 @@ class Implicit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; what does not fit the ll model is not used."""
         self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
+
+
+def _first_derivatives(
+    ul_loss: Tensor, ll_params: list[nn.Parameter], ul_params: list[nn.Parameter]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return ``dF/dw`` of shape (n,), and ``dF/dl`` by parameter, ``None`` where ``F`` does not depend on it."""
+    first = grad(ul_loss, [*ll_params, *ul_params], allow_unused=True)
+    b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
+    # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
+    return b.to(torch.promote_types(_coarsest(ll_params), torch.float32)), first[len(ll_params) :]
 
 
 def _difference(direct: Tensor | None, mixed: Tensor | None, param: Tensor) -> Tensor:
@@ -211,6 +219,25 @@ def _accumulate(param: Tensor, gradient: Tensor) -> None:
         param.grad = torch.empty_like(param).copy_(gradient)
     else:
         param.grad += gradient
+
+
+def _of_used(b: Tensor, ll_params: list[nn.Parameter], unused: list[int]) -> Tensor:
+    """Return ``dF/dw`` with zero for those parameters that the ll problem leaves alone: they are constants of it.
+
+    Raises
+    ------
+    InvalidValueError
+        If it leaves all alone that the ul loss depends on, and all others.
+    """
+    if not unused:
+        return b
+    if len(unused) == len(ll_params) and b.any():
+        raise InvalidValueError(
+            "`ll_objective` does not depend on the ll model's parameters. Compute it from `state.ll_model`, without "
+            ".detach(), .item() or NumPy, and not from a model outside the state."
+        )
+    pieces = b.split([param.numel() for param in ll_params])
+    return torch.cat([torch.zeros_like(piece) if i in unused else piece for i, piece in enumerate(pieces)])
 
 
 def _coarsest(params: list[nn.Parameter]) -> torch.dtype:

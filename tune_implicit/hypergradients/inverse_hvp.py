@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tune_implicit.hypergradients.settings import SolverSettings
-from tune_implicit.hypergradients.solvers.arithmetic import norm
+from tune_implicit.hypergradients.solvers.arithmetic import dot, length
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum, track
 
@@ -112,17 +112,23 @@ def _shifted(hvp: Hvp, damping: float) -> Hvp:
 def _verified(solution: Solution, hvp: Hvp, b: Tensor, epsilon: float) -> Solution:
     """Return ``solution`` with its residual computed anew, as a failure where that is not the one reported.
 
-    A smaller one is no failure: a solver may report a bound, or NaN for nothing. Nor is ``v`` an answer where the
-    residual is larger than that of ``v = 0``.
+    A smaller one is no failure: a solver may report a bound, or NaN for nothing. Nor is ``v`` an answer where it is
+    worse than ``v = 0``, in its residual and in the energy ``v' H v / 2 - b' v``.
     """
-    image = hvp(solution.v)
-    residual, b_norm = norm(b - image).item(), norm(b).item()
-    rounding = _ROUNDINGS * epsilon * (norm(image).item() + b_norm)
+    v, image = solution.v, hvp(solution.v)
+    r = b - image
+    residual, b_norm, image_norm, size = (length(vector) for vector in (r, b, image, v))
+    met = [abs(value) for value in (solution.lambda_min, solution.lambda_max) if math.isfinite(value)]
+    rounding = epsilon * max(met, default=image_norm / size if size else 0.0) * size
+    allowed = 2 * solution.residual_norm + rounding + _ROUNDINGS * epsilon * (image_norm + b_norm)
+    if residual > allowed:
+        # It may be all rounding, which is along the largest eigenvectors even where the solver met none of them.
+        rounding = max(rounding, epsilon * length(hvp(r)) / residual * size)
     status = solution.status
     if not math.isfinite(residual):
         status = Status.NON_FINITE
-    elif residual > 2 * solution.residual_norm + rounding:
+    elif residual > allowed + 2 * rounding:
         status = Status.UNVERIFIED
-    elif residual > b_norm + rounding:
+    elif residual > b_norm + rounding and dot(v, image).item() > 2 * dot(b, v).item() + 2 * rounding * size:
         status = Status.DIVERGED
-    return replace(solution, residual_norm=residual, status=status)
+    return replace(solution, residual_norm=residual + rounding, status=status)

@@ -1,14 +1,38 @@
 """How exact ``dF/dw`` is on a validation batch."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.autograd import grad
 
 from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.state import Batch, tensors_of
+from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["halves"]
+__all__ = ["halves", "standard_error"]
+
+
+def standard_error(loss: Callable[[Batch], Tensor], batch: Batch, params: Sequence[Tensor]) -> float:
+    """Return the norm of the standard error of a loss's gradient: half the difference between two half-batches.
+
+    Parameters
+    ----------
+    loss : callable(batch) -> Tensor
+        A mean over examples, with the same random draws at every call.
+    batch : (data, target)
+        To be halved.
+    params : sequence of Tensor
+        To differentiate in.
+
+    Raises
+    ------
+    InvalidValueError
+        If the batch cannot be halved.
+    """
+    one, other = (grad(loss(half), params, allow_unused=True, materialize_grads=True) for half in halves(batch))
+    return norm_of([(a - b) / 2 for a, b in zip(one, other, strict=True)]).item()
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -28,7 +52,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
         )
 
     def cut(part: slice) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: t[part] if t.ndim and len(t) == size else t, batch)
+        return map_tensors(lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor, batch)
 
     middle = size // 2
     return cut(slice(middle)), cut(slice(middle, None))

@@ -26,6 +26,8 @@ class SecondOrder:
 
     Attributes
     ----------
+    unused : list of int
+        The indices of those ``ll_params`` that ``f`` does not use.
     stationarity : Tensor, scalar
         ``||df/dw||``, in float64.
     hvps : int
@@ -33,12 +35,14 @@ class SecondOrder:
     """
 
     def __init__(self, ll_loss: Tensor, ll_params: Sequence[Tensor]) -> None:
-        gradients = grad(ll_loss, ll_params, create_graph=True, materialize_grads=True)
+        gradients = dict(enumerate(grad(ll_loss, ll_params, create_graph=True, allow_unused=True)))
         self._ll_params = ll_params
+        self.unused = [index for index, gradient in gradients.items() if gradient is None]
         # A gradient that is constant in everything has no graph, and no second derivative.
-        self._varying = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
-        self._gradients = [gradients[index] for index in self._varying]
-        self.stationarity = norm_of([gradient.detach() for gradient in gradients])
+        varying = {index: g for index, g in gradients.items() if g is not None and g.requires_grad}
+        self._varying, self._gradients = list(varying), list(varying.values())
+        used = [gradient.detach() for gradient in gradients.values() if gradient is not None]
+        self.stationarity = norm_of(used or [torch.zeros_like(ll_loss)])
         self.hvps = 0
 
     def hvp(self, v: Tensor) -> Tensor:

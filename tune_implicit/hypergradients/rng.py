@@ -1,14 +1,14 @@
 """The global random state of Python, NumPy and torch, as plain data."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["get_rng_state", "preserved_rng", "seed_everything", "set_rng_state"]
+__all__ = ["get_rng_state", "preserved_rng", "remembered_rng", "seed_everything", "set_rng_state"]
 
 
 def seed_everything(seed: int) -> None:
@@ -44,18 +44,28 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(cuda_state, device)
 
 
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave the global random state as it was, whatever is drawn inside."""
+def remembered_rng() -> Callable[[], None]:
+    """Return a function that puts the global random state back to what it is now."""
     # Not `get_rng_state`: to make plain data of it takes as long as to get it, and this is part of every hypergradient.
     python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
     cpu = torch.default_generator.clone_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu.get_state())
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    return put_back
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the global random state as it was, whatever is drawn inside."""
+    put_back = remembered_rng()
+    try:
+        yield
+    finally:
+        put_back()

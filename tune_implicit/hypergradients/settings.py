@@ -98,6 +98,11 @@ class SolverSettings:
             )
 
     @property
+    def solver_name(self) -> str:
+        """The solver's name; of an object, that of its class."""
+        return self.solver if isinstance(self.solver, str) else type(self.solver).__name__
+
+    @property
     def estimates_step_size(self) -> bool:
         """Whether the step size of the series is to be estimated from ``H``."""
         return self.solver == "neumann" and self.step_size == "auto"
@@ -137,15 +142,14 @@ class SolverSettings:
             case "neumann":
                 solver = NeumannSeries(step_size, k, tolerance, rtol)
             case "dense":
-                solver = DenseSolve()
+                solver = DenseSolve(tolerance=tolerance, rtol=rtol)
             case _:
                 assert not isinstance(self.solver, str), "its name was checked"
                 solver = self.solver
         if not self.fallback:
             return solver
-        name = self.solver if isinstance(self.solver, str) else type(self.solver).__name__
         chain = {
-            name: solver,
+            self.solver_name: solver,
             "minres": Minres(k, tolerance, rtol),
             "damped": Damped(ConjugateGradient(k, tolerance, rtol)),
             "identity": NeumannSeries(step_size, 0),

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
+from tune_implicit.hypergradients.borrowed import leaves_of
 
 __all__ = [
     "Batch",
@@ -50,7 +50,7 @@ Objective = Callable[[State], Tensor]
 
 def tensors_of(nested: Any) -> list[Tensor]:
     """Return the tensors in any nesting of tuples, lists and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves_of(nested) if isinstance(leaf, Tensor)]
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:

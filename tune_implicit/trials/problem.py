@@ -11,7 +11,7 @@ from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.state import Batch, Objective, State, check_models
-from tune_implicit.trials.record import RESERVED_METRICS
+from tune_implicit.trials.record import RESERVED
 from tune_implicit.trials.splits import check_split
 
 __all__ = ["NO_SELECT_DATA", "BilevelProblem", "Metric", "OptimizerFactory"]
@@ -93,7 +93,7 @@ class BilevelProblem:
             )
         for name, metric in self.metrics.items():
             check_callable(f"metrics[{name!r}]", metric)
-        if taken := RESERVED_METRICS & set(self.metrics):
+        if taken := RESERVED & set(self.metrics):
             raise InvalidValueError(
                 f"`metrics` must not use names that a trial itself reports, got {', '.join(sorted(taken))}. "
                 "Rename them."

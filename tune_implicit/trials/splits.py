@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +17,7 @@ from torch.utils.data import (
 )
 
 from tune_implicit.errors import CheckpointError, InvalidTypeError, InvalidValueError
+from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
 from tune_implicit.hypergradients.state import Batch
 
@@ -35,7 +35,7 @@ _BATCH_SAMPLERS = (BatchSampler, type(None))
 
 def move(nested: Any, device: torch.device) -> Any:
     """Return ``nested`` with its tensors on ``device``; what is there already is not copied."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), nested)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), nested)
 
 
 def check_split(name: str, data: Any) -> None:

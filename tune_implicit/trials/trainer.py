@@ -15,17 +15,15 @@ from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import Batch, State, named_trainable
 from tune_implicit.trials.problem import BilevelProblem, OptimizerFactory
+from tune_implicit.trials.record import COUNTERS
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.splits import BatchStream, move
 
-__all__ = ["COUNTERS", "FORMAT_VERSION", "BilevelTrainer", "Step"]
+__all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-
-# What a trainer counts, by the names of its attributes.
-COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
 from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.problem import BilevelProblem
-from tune_implicit.trials.record import Record, certificate
+from tune_implicit.trials.record import COUNTERS, LOSSES, Record, certificate
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.trainer import COUNTERS, BilevelTrainer, Step
+from tune_implicit.trials.trainer import BilevelTrainer, Step
 
 __all__ = [
     "TRIAL_FAILURES",
@@ -112,7 +112,7 @@ class Trial:
         for name, value in record.items():
             if not math.isfinite(value):
                 raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
-        record |= certificate(steps[-1].hypergradient, self.settings.solver) | self._counters()
+        record |= certificate(steps[-1].hypergradient) | self._counters()
         self.check_config()
         self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
         return record
@@ -132,7 +132,7 @@ class Trial:
 
         Infinity stands where engines insist on a number; none of the adapters passes it on as a value.
         """
-        unknown = dict.fromkeys(("select_loss", "validate_loss", "train_loss", *self.problem.metrics), math.inf)
+        unknown = dict.fromkeys((*LOSSES, *self.problem.metrics), math.inf)
         return unknown | self._counters() | {"failure": reason}
 
     def _losses(self, steps: list[Step]) -> Record:

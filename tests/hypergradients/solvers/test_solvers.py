@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.support.problems import F64, orthogonal, symmetric
-from tests.support.systems import assert_certified, spd, times, vector
+from tests.support.systems import Counted, assert_certified, assert_no_worse_than_zero, spd, times, vector
 from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings
-from tune_implicit.hypergradients.solvers import conjugate_gradient, minres, neumann
+from tune_implicit.hypergradients.solvers import iterative
 from tune_implicit.hypergradients.solvers.arithmetic import dot
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.dense import DenseSolve
@@ -54,7 +54,7 @@ def test_zero_right_hand_side_costs_nothing(name: str) -> None:
 def test_multiple_of_the_identity_is_exact_after_one_step(name: str, factor: float, dtype: torch.dtype) -> None:
     # Two libraries return zero here: they leave the loop before they store the step that converged.
     b = vector().to(dtype)
-    got = make(name, k=1, step_size=1 / factor).solve(lambda v: factor * v, b)
+    got = make(name, k=1, step_size=1 / factor, tolerance=1e-5).solve(lambda v: factor * v, b)
     assert got.status is Status.CONVERGED
     assert got.steps <= 1
     torch.testing.assert_close(got.v, b / factor, rtol=1e-15 if dtype == F64 else 1e-6, atol=0)
@@ -75,8 +75,7 @@ def test_warm_start_goes_on_from_where_it_is(name: str) -> None:
     h, b = spd(), vector()
     start = make(name, k=100).solve(times(h), b).v
     cold, warm = (make(name, k=3).solve(times(h), b, v0) for v0 in (None, start))
-    assert warm.residual_norm < 1e-2 * cold.residual_norm
-    assert_certified(warm, h, b, bound=name == "neumann")
+    assert (b - h @ warm.v).norm().item() <= warm.residual_norm < 1e-2 * cold.residual_norm
 
 
 @each_solver
@@ -117,16 +116,19 @@ def test_conjugate_gradient_ends_after_n_steps() -> None:
     assert ConjugateGradient(6, tolerance=1e-8).solve(times(h), b).status is Status.CONVERGED
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(50, 0.0), NeumannSeries(1.0, 50)], ids=repr)
-def test_a_step_costs_one_product(solver: Solver) -> None:
-    h, calls = spd(condition=1e4), []
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_step_costs_one_product(name: str) -> None:
+    hvp = Counted(spd())
+    got = make(name, k=7).solve(hvp, vector())
+    assert hvp.count == got.steps == 7
 
-    def hvp(v: Tensor) -> Tensor:
-        calls.append(v)
-        return h @ v
 
-    got = solver.solve(hvp, vector())
-    assert len(calls) == got.steps
+@each_iterative
+def test_a_residual_in_doubt_costs_one_product_more(name: str) -> None:
+    hvp = Counted(spd())
+    got = make(name, k=5000, tolerance=0.0).solve(hvp, vector())
+    assert got.status is Status.STAGNATED
+    assert got.steps < hvp.count <= got.steps + 5
 
 
 @each_iterative
@@ -151,7 +153,14 @@ def test_residual_is_what_it_says(name: str, dtype: torch.dtype, k: int, conditi
         assert not got.status.failed
         assert_certified(got, h, b, bound=name == "neumann")
         # Truncated is never worse than leaving the implicit term out.
-        assert got.residual_norm <= 1.001 * b.norm().item()
+        assert_no_worse_than_zero(got, h, b)
+
+
+@pytest.mark.parametrize("name", ["cg", "minres"])
+def test_residual_has_the_digits_that_the_system_allows(name: str) -> None:
+    h, b = spd(), vector()
+    got = make(name, k=3).solve(times(h), b)
+    assert got.residual_norm == pytest.approx((b - h @ got.v).norm().item(), rel=1e-12)
 
 
 @each_iterative
@@ -159,7 +168,7 @@ def test_residual_is_what_it_says(name: str, dtype: torch.dtype, k: int, conditi
 def test_far_past_convergence_nothing_breaks(name: str, dtype: torch.dtype) -> None:
     h, b = spd(condition=5.0).to(dtype), vector().to(dtype)
     got = make(name, k=5000, tolerance=0.0).solve(times(h), b)
-    assert got.status is Status.CONVERGED
+    assert got.status is Status.STAGNATED
     assert got.steps < 500
     torch.testing.assert_close(got.v.to(F64), torch.linalg.solve(h.to(F64), b.to(F64)), rtol=0, atol=1e-4)
     assert_certified(got, h, b)
@@ -183,7 +192,7 @@ def test_right_hand_side_at_the_ends_of_float64(name: str, magnitude: float) -> 
     # A tolerance of 1e-10, divided by such a scale and squared, was an OverflowError.
     b = magnitude * torch.tensor([1.0, -0.5], dtype=F64)
     got = make(name, step_size=0.5).solve(lambda v: v, b)
-    assert got.status is Status.CONVERGED
+    assert got.status in (Status.CONVERGED, Status.STAGNATED)
     torch.testing.assert_close(got.v, b, rtol=1e-10, atol=1e-10)
 
 
@@ -198,8 +207,7 @@ def test_reading_norms_in_windows_changes_nothing(
     h = torch.tensor([1.9, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, lowest], dtype=F64)
     solver, b = make(name, k, step_size=step_size), vector()
     one_by_one = solver.solve(lambda v: h * v, b)
-    for module in (conjugate_gradient, minres, neumann):
-        monkeypatch.setattr(module, "steps_between_checks", lambda b: 4)
+    monkeypatch.setattr(iterative, "steps_between_readings", lambda b: 4)
     in_windows = solver.solve(lambda v: h * v, b)
     assert torch.equal(in_windows.v, one_by_one.v)
     assert in_windows.status is one_by_one.status
@@ -229,8 +237,8 @@ def test_singular_and_inconsistent(name: str) -> None:
     h = torch.diag(torch.tensor([1.0, 0.5, 0.0], dtype=F64))
     b = torch.tensor([1.0, 1.0, 0.3], dtype=F64)
     got = make(name).solve(times(h), b)
-    # The series goes on for ever, and its residual says so: it stays at the part of `b` that has no solution.
-    assert got.status is (Status.MAX_STEPS if name == "neumann" else Status.NEGATIVE_CURVATURE)
+    # No more than the part of `b` that has no solution is left, and the residual tells how much that is.
+    assert got.status is Status.STAGNATED
     assert got.residual_norm >= 0.3 * (1 - 1e-12)
     assert_certified(got, h, b)
 
@@ -256,7 +264,7 @@ def test_negative_curvature_is_no_answer(name: str, seed: int) -> None:
     h, b = symmetric(torch.tensor([1.5, 1.0, 0.5, 0.3, -0.2], dtype=F64), seed), vector(5, seed)
     got = make(name).solve(times(h), b)
     assert got.status is Status.NEGATIVE_CURVATURE
-    assert got.residual_norm <= b.norm().item()
+    assert_no_worse_than_zero(got, h, b)
     assert_certified(got, h, b)
 
 
@@ -292,7 +300,7 @@ def test_step_size_too_large_is_seen_early(step_size: float, dtype: torch.dtype)
     got = NeumannSeries(step_size, 1000).solve(times(h), b)
     assert got.status is Status.DIVERGED
     assert got.steps < 25
-    assert got.residual_norm <= b.norm().item()
+    assert_no_worse_than_zero(got, h, b)
     assert_certified(got, h, b)
 
 

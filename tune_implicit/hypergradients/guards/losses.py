@@ -8,7 +8,7 @@ from torch import Tensor
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.state import tensors_of
 
-__all__ = ["Loss", "check_devices", "check_used", "nodes_of", "scalar_loss"]
+__all__ = ["Loss", "check_devices", "check_used", "scalar_loss"]
 
 
 def scalar_loss(name: str, loss: object) -> Tensor:
@@ -55,11 +55,27 @@ def check_devices(device: torch.device, **batches: Any) -> None:
 
 
 class Loss:
-    """A loss and its graph without its memory: a mean is as large as what it is the mean of."""
+    """A loss and its graph without its memory: ``mse_loss`` keeps its scalar in a storage as large as all elements."""
 
     def __init__(self, loss: Tensor) -> None:
         self.value = loss.detach().to(torch.float64, copy=True)
-        self.grad_fn = loss.grad_fn
+        self._grad_fn = loss.grad_fn
+
+    def nodes(self) -> set[Any]:
+        """Return the nodes of the graph that computed it."""
+        seen: set[Any] = set()
+        nodes: list[Any] = [self._grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes.extend(next_node for next_node, _ in node.next_functions)
+        return seen
+
+    def leaves(self) -> set[int]:
+        """Return the ids of the leaf tensors from which it was computed."""
+        return {id(leaf) for node in self.nodes() if (leaf := getattr(node, "variable", None)) is not None}
 
 
 def check_used(params: dict[str, Tensor], ul_loss: Loss, ll_loss: Loss) -> None:
@@ -72,28 +88,10 @@ def check_used(params: dict[str, Tensor], ul_loss: Loss, ll_loss: Loss) -> None:
     """
     if not params:
         return
-    reached = _leaves(ul_loss) | _leaves(ll_loss)
+    reached = ul_loss.leaves() | ll_loss.leaves()
     unused = [name for name, param in params.items() if id(param) not in reached]
     if unused:
         raise InvalidValueError(
             f"Neither objective uses the ul model's {', '.join(map(repr, unused))}, so no hypergradient can move it. "
             "Use it in an objective, or freeze it with requires_grad=False. A learning rate belongs to the search."
         )
-
-
-def _leaves(loss: Loss) -> set[int]:
-    """Return the ids of the leaf tensors from which ``loss`` was computed."""
-    return {id(leaf) for node in nodes_of(loss) if (leaf := getattr(node, "variable", None)) is not None}
-
-
-def nodes_of(loss: Loss) -> set[Any]:
-    """Return the nodes of the graph that computed ``loss``."""
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes.extend(next_node for next_node, _ in node.next_functions)
-    return seen

@@ -1,22 +1,56 @@
 """What torch can differentiate twice: modules, functions, kernels."""
 
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import grad
 from torch.autograd.function import once_differentiable
 from torch.backends import cuda, cudnn
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.guards.losses import Loss, nodes_of
+from tune_implicit.hypergradients.borrowed import (
+    custom_function_of,
+    is_spectral_norm,
+    is_weight_norm,
+    leaves_of,
+    map_tensors,
+)
+from tune_implicit.hypergradients.guards.losses import Loss
 
-__all__ = ["check_second_derivatives", "check_twice_differentiable", "no_autocast", "twice_differentiable_kernels"]
+__all__ = [
+    "check_second_derivatives",
+    "check_twice_differentiable",
+    "named_derivatives",
+    "twice_differentiable_kernels",
+]
+
+# How torch words it that an operation has no derivative, or no second one; the group is its name.
+_MISSING = (
+    re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented"),
+    re.compile(r"The function '(\w+)' is not differentiable with respect to argument '(\w+)'"),
+    re.compile(r"differentiate twice a function that was marked with @(once_differentiable)"),
+    re.compile(r"[Dd]ouble backwards? is not supported for (\w+)"),
+)
+
+# What to write instead of an operation, by how its name begins.
+_INSTEAD = {
+    "hardsigmoid": "nn.ReLU6()(x + 3) / 6",
+    "_cdist": "(x[:, None] - y).norm(dim=-1)",
+    "_pdist": "(x[:, None] - x).norm(dim=-1), of the pairs above the diagonal",
+    "nll_loss": 'reduction="none", and the weights times the losses',
+    "cross_entropy": 'reduction="none", and the weights times the losses',
+    "binary_cross_entropy": 'reduction="none", and the weights times the losses',
+    "multi_margin": "(margin - x.gather(1, y[:, None]) + x).clamp(min=0)",
+    "_segment_reduce": "index_add or scatter_reduce",
+    "_sparse_softmax": "a dense softmax",
+    "_embedding_bag": "an Embedding and a sum",
+    "_standard_gamma": "another distribution",
+}
 
 
 def check_twice_differentiable(name: str, model: nn.Module) -> None:
@@ -32,9 +66,9 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
         kind = None
         if isinstance(module, nn.EmbeddingBag):
             kind, instead = "EmbeddingBag", "an Embedding and a sum"
-        elif _is_weight_norm(module):
+        elif is_weight_norm(module):
             kind, instead = "weight_norm", "a parametrization of your own that returns g * v / v.norm(...)"
-        elif _is_spectral_norm(module):
+        elif is_spectral_norm(module):
             kind, instead = "spectral_norm", "a parametrization of your own that divides by matrix_norm(w, 2)"
         elif isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.sparse):
             kind, instead = "Embedding with scale_grad_by_freq or sparse", "neither option"
@@ -45,62 +79,138 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
             )
 
 
-def _is_weight_norm(module: nn.Module) -> bool:
-    if isinstance(module, ParametrizationList):
-        return any(isinstance(parametrization, _WeightNorm) for parametrization in module)
-    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
-
-
-def _is_spectral_norm(module: nn.Module) -> bool:
-    if isinstance(module, ParametrizationList):
-        return any(isinstance(parametrization, _SpectralNorm) for parametrization in module)
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-
-
 # All functions that `once_differentiable` returns share it.
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
 def check_second_derivatives(ll_loss: Loss) -> None:
-    """Check that every custom function in ``ll_loss`` has a second derivative.
+    """Check that torch takes the second derivative of no function in ``ll_loss`` for zero, or gets it wrong.
 
     Raises
     ------
     InvalidValueError
-        If not. ``torch.autograd.grad`` takes it for zero, without a word.
+        If it does: of a custom function whose backward is marked once_differentiable, or of ``weight_norm``.
     """
-    for node in nodes_of(ll_loss):
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        while backward is not None:
+    for node in ll_loss.nodes():
+        if node.name().startswith("WeightNorm"):
+            raise InvalidValueError(
+                "`ll_objective` uses weight_norm, whose second derivative torch gets wrong. Write g * v / v.norm(...)."
+            )
+        custom = custom_function_of(node)
+        backward = getattr(custom, "backward", None)
+        while custom is not None and backward is not None:
             if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
                 raise InvalidValueError(
-                    f"`ll_objective` uses {node._forward_cls.__name__}, whose backward is marked once_differentiable: "
+                    f"`ll_objective` uses {custom.__name__}, whose backward is marked once_differentiable: "
                     "it has no second derivative. Use another implementation of it."
                 )
             backward = getattr(backward, "__wrapped__", None)
 
 
 @contextmanager
+def named_derivatives(objective: str, model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
+    """Name the operation, and the module, where torch has no derivative for what is done inside.
+
+    Parameters
+    ----------
+    objective : str
+        What the message calls what ``run`` computes.
+    model : Module
+        In which to look for the module.
+    run : callable()
+        Computes the loss once more, so that its modules can be tried one by one.
+
+    Raises
+    ------
+    InvalidValueError
+        In place of torch's RuntimeError, if it is one about a derivative.
+    RuntimeError
+        If it is another.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = next((match for pattern in _MISSING if (match := pattern.search(str(error)))), None)
+        if found is None:
+            raise
+        operation, *argument = found.groups()
+        what = f"{operation} in its {argument[0]!r}" if argument else f"{operation} twice"
+        modules = [] if argument else _once_differentiable_modules(model, run)
+        where = f" (in {'; '.join(modules)})" if modules else ""
+        instead = next((way for name, way in _INSTEAD.items() if operation.startswith(name)), None)
+        raise InvalidValueError(
+            f"torch cannot differentiate {what}, which `{objective}` needs{where}: "
+            + (f"write {instead}" if instead else "write it from functions that torch can differentiate")
+            + ", or freeze all parameters that it depends on."
+        ) from error
+
+
+def _once_differentiable_modules(model: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Return the innermost modules of ``model`` that cannot be differentiated twice at what ``run()`` feeds them."""
+    fed: dict[str, tuple[nn.Module, Any]] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        return lambda module, *inputs: fed.__setitem__(name, (module, inputs))
+
+    hooks = [
+        module.register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        run()
+    except RuntimeError:
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        f"{name!r}, {type(module).__name__}" for name, (module, inputs) in fed.items() if not _twice(module, inputs)
+    ]
+
+
+def _twice(module: nn.Module, inputs: Any) -> bool:
+    def leaf(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().clone()
+        return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+    def varying(nested: Any) -> list[Tensor]:
+        return [each for each in leaves_of(nested) if isinstance(each, Tensor) and each.requires_grad]
+
+    args, kwargs = made = map_tensors(leaf, inputs)
+    leaves = varying([made, list(module.parameters())])
+    try:
+        with torch.enable_grad():
+            outputs = varying(module(*args, **kwargs))
+            if not (outputs and leaves):
+                return True
+            # A square, so that the derivative varies even where the module is linear.
+            total = torch.stack([output.square().sum() for output in outputs]).sum()
+            gradients = varying(grad(total, leaves, create_graph=True, allow_unused=True))
+            grad(gradients, leaves, [torch.ones_like(g) for g in gradients], allow_unused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
 def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Compute with what torch can differentiate twice: unfused attention, RNNs without cuDNN, no compiled code.
 
-    Autocast that is on around the caller is off inside: a solve in float16 gives NaN. Only the forward pass that builds
-    the graph needs all this; its backward passes stay with the kernels it chose.
+    Autocast that is on around the caller is off inside: matrix products of a backward pass are autocast too, and a
+    solve in float16 gives NaN. All this is for the backward passes as well, in which checkpointed modules are computed
+    once more.
     """
+    device_type = next(model.parameters()).device.type
     with ExitStack() as stack:
-        stack.enter_context(no_autocast(model))
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_math_attention())
         yield
-
-
-def no_autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """Compute in the parameters' own dtypes; matrix products of a backward pass are autocast too."""
-    device_type = next(model.parameters()).device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 @contextmanager

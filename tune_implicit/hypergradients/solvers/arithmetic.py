@@ -1,4 +1,4 @@
-"""Scales, inner products, norms and stopping: what the solvers' loops share."""
+"""Scales, inner products, norms and readings: what the solvers' loops share."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,7 @@ from torch import Tensor
 
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
-__all__ = [
-    "certain_norm",
-    "dot",
-    "norm",
-    "read",
-    "scaled",
-    "start",
-    "steps_between_checks",
-    "stopping_norm",
-    "unsolvable",
-]
+__all__ = ["decided_by", "dot", "length", "norm", "read", "scaled", "start", "steps_between_readings"]
 
 # Within 2^-30 to 2^30 the squares of a residual that shrinks to rounding still have float32's full precision.
 _ORDINARY = 30
@@ -27,7 +17,7 @@ _ORDINARY = 30
 _IN_CACHE = 2**15
 
 
-def unsolvable(b: Tensor) -> tuple[float, Solution | None]:
+def decided_by(b: Tensor) -> tuple[float, Solution | None]:
     """Return the scale of ``b``; and the solution where ``b`` decides it: 0 where it is 0, a failure where not finite.
 
     The scale is the power of two by which a solver divides its system, so that squares neither overflow nor vanish. It
@@ -44,21 +34,28 @@ def unsolvable(b: Tensor) -> tuple[float, Solution | None]:
     return (1.0 if abs(exponent) < _ORDINARY else math.ldexp(1.0, exponent)), None
 
 
-def start(hvp: Hvp, b: Tensor, v0: Tensor | None, definite: bool = False) -> tuple[Tensor, Tensor]:
-    """Return where a solve starts, and its residual: the multiple of ``v0`` that fits ``b`` best, for one hvp, or zero.
+def start(hvp: Hvp, b: Tensor, v0: Tensor, definite: bool = False) -> tuple[Tensor, Tensor, float] | None:
+    """Return the multiple ``c v0`` to start from, its residual, and ``||H v0|| / ||v0||``, for one hvp.
 
-    The multiple that minimises ``||b - c H v0||`` is never worse than zero, even where ``v0`` solved another system. A
-    solver of ``definite`` systems starts from zero where ``v0' H v0`` is not positive, so as to meet that itself.
+    The multiple that makes ``||b - c H v0||`` smallest is never worse than zero, even where ``v0`` solved another
+    system. For a solver of ``definite`` systems it is shortened to the one of least energy where that is shorter, so as
+    to be no worse in either. ``None`` where there is no such multiple: such a solver is to meet itself that
+    ``v0' H v0`` is not positive.
     """
-    if v0 is None:
-        return torch.zeros_like(b), b
     size = torch.linalg.vector_norm(v0, math.inf)
     v0 = v0 / torch.where(size > 0, size, 1)
     hv = hvp(v0)
-    c = dot(hv, b) / dot(hv, hv)
-    useful = c.isfinite() & ((dot(v0, hv) > 0) | (not definite))  # not where `H v0` is 0 or not finite
-    c = torch.where(useful, c, 0).to(b.dtype)
-    return torch.where(c == 0, 0, c * v0), torch.where(c == 0, b, torch.addcmul(b, hv, c, value=-1))
+    squares, curvature = dot(hv, hv), dot(v0, hv)
+    by_residual, by_energy, image, positive = read(
+        [dot(hv, b) / squares, dot(v0, b) / curvature, (squares / dot(v0, v0)).sqrt(), curvature]
+    )
+    multiple = by_residual
+    if definite:
+        agree = positive > 0 and by_residual * by_energy > 0
+        multiple = min(by_residual, by_energy, key=abs) if agree else 0.0
+    if multiple == 0 or not (math.isfinite(multiple) and math.isfinite(image)):
+        return None
+    return multiple * v0, torch.add(b, hv, alpha=-multiple), image
 
 
 def scaled(b: Tensor, scale: float) -> Tensor:
@@ -92,31 +89,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(v: Tensor) -> Tensor:
-    """Return the Euclidean norm as a scalar tensor on the device of ``v``."""
-    length: Tensor = torch.linalg.vector_norm(v)
-    return length
+    """Return the Euclidean norm of what is of ordinary size, as a scalar tensor on the device of ``v``."""
+    value: Tensor = torch.linalg.vector_norm(v)
+    return value
 
 
-def certain_norm(norm: float, v: Tensor, largest: float) -> float:
-    """Return the residual norm that can be vouched for, given the ``norm`` of a residual carried from step to step.
-
-    Such a residual goes on shrinking when the true one has long been held up by rounding, at about the unit roundoff
-    times ``||H|| ||v||``; ``largest`` stands for ``||H||``.
-    """
-    length = float(torch.linalg.vector_norm(v, dtype=torch.float64))  # of 1e30, its square is no float32
-    return max(norm, torch.finfo(v.dtype).eps * largest * length)
+def length(v: Tensor) -> float:
+    """Return the Euclidean norm where entries may be of any size: the square of 1e30 is no float32."""
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
 
 
-def stopping_norm(tolerance: float, rtol: float, b_norm: float, dtype: torch.dtype) -> float:
-    """Return the residual norm below which a solve has converged.
-
-    It is ``tolerance`` or ``rtol * ||b||``, whichever is larger, but at least what ``dtype`` can resolve: further
-    iterations only move rounding errors about and would break down on them.
-    """
-    return max(tolerance, rtol * b_norm, 1e-2 * torch.finfo(dtype).eps * b_norm)
-
-
-def steps_between_checks(b: Tensor) -> int:
+def steps_between_readings(b: Tensor) -> int:
     """Return after how many steps a solver reads its norms on the host.
 
     On an accelerator each reading makes the device wait, which costs more than the few products past the end that

@@ -7,52 +7,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tune_implicit.hypergradients.arguments import at_least, check_fields, ruled
-from tune_implicit.hypergradients.solvers.arithmetic import (
-    certain_norm,
-    dot,
-    read,
-    scaled,
-    start,
-    steps_between_checks,
-    stopping_norm,
-    unsolvable,
-)
+from tune_implicit.hypergradients.arguments import at_least, ruled
+from tune_implicit.hypergradients.solvers.arithmetic import dot
+from tune_implicit.hypergradients.solvers.iterative import IterativeSolver, Recursion, System
 from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
-from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
+from tune_implicit.hypergradients.solvers.solution import Status
 
 __all__ = ["ConjugateGradient"]
 
-# A curvature this many roundings of the largest one met is a rounding error itself: a step along it would be 1e16 long
-# in float64, and the recursive residual would keep no digit. Up to 10 the answers on definite systems do not change.
-_ROUNDINGS = 4
+# A curvature of so many roundings of ``||H||``, of either sign, may be a rounding error itself.
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
-class ConjugateGradient:
+class ConjugateGradient(IterativeSolver):
     """Solve ``H v = b`` for symmetric positive-definite ``H``, by conjugate gradient.
 
-    Of its iterates it returns the one with the smallest residual, so that a truncated solve is never worse than
-    ``v = 0``. It ends at the first direction ``p`` with ``p' H p <= 0`` to rounding: ``H`` is then singular or
-    indefinite, and the status ``NEGATIVE_CURVATURE`` says so. Inner products are accumulated in float64.
+    It returns its last iterate: in the energy norm each is nearer to the solution than the one before, and all are
+    nearer than ``v = 0``, while the residual may grow at first. It ends before the first direction ``p`` whose
+    curvature ``p' H p`` is negative, with a status that says so, or zero to rounding. Inner products are accumulated in
+    float64.
 
     Parameters
     ----------
     k : int
-        Most iterations; each costs one hvp, and a warm start costs one more.
+        Most iterations; each costs one hvp, and a warm start costs one more, as does a residual measured where rounding
+        leaves it in doubt.
     tolerance : float, default 1e-10
-        Stop once ``||b - H v|| < tolerance``.
+        The solve has converged once ``||b - H v|| < tolerance``.
     rtol : float, default 0
-        Stop once ``||b - H v|| < rtol * ||b||``.
+        The solve has converged once ``||b - H v|| < rtol * ||b||``.
     preconditioner : QuasiNewton, optional
         What earlier solves with it have learned of ``H``; this one adds its own products.
 
     Raises
     ------
     InvalidTypeError
-        If ``k`` is not an integer, or a tolerance no number.
+        If an argument is of the wrong type.
     InvalidValueError
-        If ``k``, ``tolerance`` or ``rtol`` is negative, or a tolerance is NaN.
+        If one is negative, or a tolerance is NaN.
 
     References
     ----------
@@ -65,91 +58,74 @@ class ConjugateGradient:
     rtol: float = ruled(at_least(0), 0.0)
     preconditioner: QuasiNewton | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    definite = True
 
-    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
-        """Return ``v`` of shape (n,) with its status, step count and residual norm.
+    def begin(self, system: System) -> Recursion:
+        """Return the recursion at its start."""
+        return _Recursion(system, self.preconditioner)
 
-        Parameters
-        ----------
-        hvp : callable
-            ``v -> H v`` on ``(n,)`` tensors.
-        b : Tensor, shape (n,)
-            The right-hand side, of a floating dtype.
-        v0 : Tensor, shape (n,), optional
-            A direction to start along; zero, at no cost, by default, and where ``k = 0``.
 
-        Returns
-        -------
-        Solution
-            With ``steps`` the iterations up to the one that ended the solve.
-        """
-        scale, known = unsolvable(b)
-        if known is not None:
-            return known
-        b = scaled(b, scale)
-        stop = stopping_norm(self.tolerance / scale, self.rtol, math.sqrt(dot(b, b)), b.dtype)
-        v, r = start(hvp, b, v0 if self.k else None, definite=True)
-        learned = self.preconditioner if self.preconditioner and self.preconditioner.fits(b) else None
-        rr = dot(r, r)
-        p = r if learned is None else learned.apply(r)
-        rz = rr if learned is None else dot(r, p)
-        best, best_rr = v, rr.item()
-        pp = last_rr = best_rr
-        status, steps = self._judge(1.0, best_rr, stop), 0
-        smallest, largest, rounding = math.inf, 0.0, _ROUNDINGS * torch.finfo(b.dtype).eps
-        pairs: deque[list[Tensor]] = deque(maxlen=self.preconditioner.memory if self.preconditioner else 0)
-        while status is Status.MAX_STEPS and steps < self.k:
-            iterates, scalars = [], []
-            for _ in range(min(steps_between_checks(b), self.k - steps)):
-                hp = hvp(p)
-                curvature = dot(p, hp)
-                alpha = rz / curvature
-                v = torch.addcmul(v, p, alpha)
-                r = torch.addcmul(r, hp, alpha, value=-1)
-                rr = dot(r, r)
-                iterates.append((v,) if self.preconditioner is None else (v, p, hp))
-                del hp  # or it would still be there during the next product
-                scalars += [curvature, rr] if learned is None else [curvature, rr, dot(p, p)]
-                z = r if learned is None else learned.apply(r)
-                rz, rz_previous = (rr if learned is None else dot(r, z)), rz
-                p = torch.addcmul(z, p, rz / rz_previous)
-            seen = iter(read(scalars))
-            for iterate, *pair in iterates:
-                steps += 1
-                php, rr_seen = next(seen), next(seen)
-                if learned is not None:
-                    pp = next(seen)
-                quotient = php / pp if pp else math.nan
-                # ||p||^2 of the next direction, of which the residual is orthogonal to the one before.
-                beta = rr_seen / last_rr if last_rr else math.nan
-                pp, last_rr = rr_seen + beta * beta * pp, rr_seen
-                status = self._judge(quotient - rounding * largest, rr_seen, stop)
-                smallest = min(smallest, quotient)
-                if not status.failed:
-                    largest = max(largest, quotient)
-                    pairs.append(pair)
-                    if rr_seen < best_rr:
-                        best, best_rr = iterate, rr_seen
-                if status is not Status.MAX_STEPS:
-                    break
-        if self.preconditioner is not None and pairs:
-            self.preconditioner.add(*map(list, zip(*pairs, strict=True)))
-        return Solution(
-            scaled(best, 1 / scale),
-            status,
-            steps,
-            certain_norm(math.sqrt(best_rr), best, largest) * scale,
-            lambda_min=smallest if steps else math.nan,
-            lambda_max=max(largest, smallest) if steps else math.nan,
-        )
+class _Recursion(Recursion):
+    """The conjugate directions of one run."""
 
-    @staticmethod
-    def _judge(curvature: float, rr: float, stop: float) -> Status:
-        """Return the status after an iteration, ``MAX_STEPS`` meaning that it may go on."""
-        if -math.inf < curvature <= 0:
-            return Status.NEGATIVE_CURVATURE
-        if not (math.isfinite(curvature) and math.isfinite(rr)):
+    def __init__(self, system: System, preconditioner: QuasiNewton | None) -> None:
+        self._system, self._preconditioner = system, preconditioner
+        self._learned = preconditioner if preconditioner is not None and preconditioner.fits(system.r) else None
+        self._pairs: deque[list[Tensor]] = deque(maxlen=preconditioner.memory if preconditioner else 0)
+        self._r, self._x = system.r, torch.zeros_like(system.r)
+        self._p = self._r if self._learned is None else self._learned.apply(self._r)
+        rr = dot(self._r, self._r)
+        self._rz = rr if self._learned is None else dot(self._r, self._p)
+        # On the host, of the last step judged: ||r||^2, ||p||^2 of the direction after it, and what rounding has done.
+        self._rr = self._pp = rr.item()
+        self._length, self._epsilon = system.length, torch.finfo(system.r.dtype).eps
+        self.x, self.residual, self.drift, self.largest = self._x, math.sqrt(self._rr), system.drift, system.largest
+        self._start = self.residual
+
+    def step(self) -> tuple[list[Tensor], list[Tensor]]:
+        hp = self._system.hvp(self._p)
+        curvature = dot(self._p, hp)
+        alpha = self._rz / curvature
+        self._x = torch.addcmul(self._x, self._p, alpha)
+        self._r = torch.addcmul(self._r, hp, alpha, value=-1)
+        rr = dot(self._r, self._r)
+        made = [self._x] if self._preconditioner is None else [self._x, self._p, hp]
+        if self._learned is None:
+            scalars, z, rz = [curvature, rr], self._r, rr
+        else:
+            scalars, z = [curvature, rr, self._rz, dot(self._p, self._p)], self._learned.apply(self._r)
+            rz = dot(self._r, z)
+        self._p, self._rz = torch.addcmul(z, self._p, rz / self._rz), rz
+        return made, scalars
+
+    def judge(self, made: list[Tensor], scalars: list[float]) -> Status:
+        php, rr, *preconditioned = scalars
+        rz, pp = preconditioned or (self._rr, self._pp)
+        quotient = php / pp if pp else math.nan
+        if not (math.isfinite(quotient) and math.isfinite(rz)):
             return Status.NON_FINITE
-        return Status.CONVERGED if rr < stop * stop else Status.MAX_STEPS
+        self.lambda_min, self.lambda_max = min(quotient, self.lambda_min), max(quotient, self.lambda_max)
+        rounding = _ROUNDINGS * self._epsilon * self.largest
+        if quotient <= rounding:
+            return Status.NEGATIVE_CURVATURE if quotient < -rounding else Status.STAGNATED
+        if not math.isfinite(rr):
+            return Status.NON_FINITE
+        alpha, length = rz / php, math.sqrt(pp)
+        # ||H p|| / ||p||: successive residuals are orthogonal unless there is a preconditioner.
+        image = 0.0 if preconditioned else math.sqrt(self._rr + rr) / (alpha * length)
+        self.largest = max(self.largest, quotient, image)
+        self._length += alpha * length
+        drift = math.hypot(self.drift, self._epsilon * self.largest * self._length)
+        if drift > self._start:
+            return Status.STAGNATED  # so long a step along so little curvature would be all rounding
+        # ||p||^2 of the next direction, to which the residual is orthogonal.
+        self._pp, self._rr = rr + (rr / self._rr) ** 2 * pp if self._rr else rr, rr
+        self._pairs.append(made[1:])
+        self.x, self.residual, self.drift = made[0], math.sqrt(rr), drift
+        if self.residual + self.drift < self._system.stop:
+            return Status.CONVERGED
+        return Status.STAGNATED if self.residual <= self.drift else Status.MAX_STEPS
+
+    def end(self, status: Status) -> None:
+        if self._preconditioner is not None and self._pairs:
+            self._preconditioner.add(*map(list, zip(*self._pairs, strict=True)))

@@ -1,6 +1,5 @@
 """The exact solution, through the whole Hessian: for small problems and for tests."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.arguments import at_least, check_fields, ruled
-from tune_implicit.hypergradients.solvers.arithmetic import norm, scaled, unsolvable
+from tune_implicit.hypergradients.solvers.arithmetic import decided_by, length, norm, scaled
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
 __all__ = ["DenseSolve"]
@@ -20,20 +19,26 @@ class DenseSolve:
 
     It takes ``n`` hvps and memory for two ``(n, n)`` matrices. Directions whose eigenvalue is zero to rounding are left
     out, so that a singular system gets its shortest least-squares solution; where ``b`` has a part in such a direction
-    there is no solution, and the status is ``NEGATIVE_CURVATURE``.
+    the status is ``STAGNATED``, as where rounding leaves a residual above the tolerance.
 
     Parameters
     ----------
     max_size : int, default 5000
         Largest ``n`` to accept.
+    tolerance : float, default 1e-10
+        The solve has converged where ``||b - H v|| < tolerance``.
+    rtol : float, default 0
+        The solve has converged where ``||b - H v|| < rtol * ||b||``.
 
     Raises
     ------
     InvalidValueError
-        If ``max_size`` is not positive.
+        If ``max_size`` is not positive, or a tolerance is negative or NaN.
     """
 
     max_size: int = ruled(at_least(1), 5000)
+    tolerance: float = ruled(at_least(0), 1e-10)
+    rtol: float = ruled(at_least(0), 0.0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,26 +71,23 @@ class DenseSolve:
                 f"`DenseSolve` forms an {n} x {n} matrix, more than `max_size` = {self.max_size} allows. "
                 "Use ConjugateGradient, or raise `max_size`."
             )
-        scale, known = unsolvable(b)
+        scale, known = decided_by(b)
         if known is not None:
             return known
         b = scaled(b, scale)
         h = torch.stack([hvp(unit) for unit in torch.eye(n, dtype=b.dtype, device=b.device)])
         if not h.isfinite().all():
-            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, norm(b).item() * scale)
+            return Solution(torch.zeros_like(b), Status.NON_FINITE, 0, norm(b).item()).times(scale)
         eigenvalues, basis = torch.linalg.eigh((h + h.T) / 2)
-        rounding = n * torch.finfo(b.dtype).eps
-        kept = eigenvalues.abs() > rounding * eigenvalues.abs().max()
-        coefficients = basis.T @ b
-        v = basis @ torch.where(kept, coefficients / eigenvalues, 0)
+        largest, epsilon = eigenvalues.abs().max().item(), torch.finfo(b.dtype).eps
+        kept = eigenvalues.abs() > n * epsilon * largest
+        v = basis @ torch.where(kept, (basis.T @ b) / eigenvalues, 0)
         residual = norm(b - h @ v).item()
-        # An ill-conditioned solve leaves a residual too, of rounding times ||H|| ||v||.
-        allowed = 10 * rounding * (eigenvalues.abs().max() * norm(v) + math.sqrt(n)).item()
-        return Solution(
-            scaled(v, 1 / scale),
-            Status.CONVERGED if residual <= allowed else Status.NEGATIVE_CURVATURE,
-            1,
-            residual * scale,
-            lambda_min=eigenvalues[0].item(),
-            lambda_max=eigenvalues[-1].item(),
-        )
+        certain = residual + epsilon * largest * length(v)
+        if not kept.any():
+            status = Status.NEGATIVE_CURVATURE
+        else:
+            converged = certain < max(self.tolerance / scale, self.rtol * norm(b).item())
+            status = Status.CONVERGED if converged else Status.STAGNATED
+        ends = eigenvalues[0].item(), eigenvalues[-1].item()
+        return Solution(v, status, 1, certain, *ends).times(scale)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.solvers.arithmetic import unsolvable
+from tune_implicit.hypergradients.solvers.arithmetic import decided_by
 from tune_implicit.hypergradients.solvers.solution import Attempt, Hvp, Solution, Solver, Status
 from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum
 
@@ -36,7 +36,7 @@ class Damped:
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` of shape (n,) and its ``damping``, with the status of the damped system's solve."""
-        _, known = unsolvable(b)
+        _, known = decided_by(b)
         if known is not None:
             return known
         ends = spectrum(hvp, random_direction(b), _LANCZOS_STEPS)

@@ -1,24 +1,15 @@
 """The Neumann series (NS) of Lorraine, Vicol & Duvenaud."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tune_implicit.hypergradients.arguments import POSITIVE, at_least, check_fields, ruled
-from tune_implicit.hypergradients.solvers.arithmetic import (
-    certain_norm,
-    dot,
-    norm,
-    read,
-    scaled,
-    start,
-    steps_between_checks,
-    stopping_norm,
-    unsolvable,
-)
-from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
+from tune_implicit.hypergradients.arguments import POSITIVE, at_least, ruled
+from tune_implicit.hypergradients.solvers.arithmetic import dot, norm
+from tune_implicit.hypergradients.solvers.iterative import IterativeSolver, Recursion, System
+from tune_implicit.hypergradients.solvers.solution import Status
 
 __all__ = ["NeumannSeries"]
 
@@ -26,12 +17,15 @@ __all__ = ["NeumannSeries"]
 # above rounding is therefore an eigenvalue outside, in whose direction the series has no limit.
 _GROWTH = 1.001
 
-# Below as many roundings of the residual, H times it is itself a rounding error, which grows and shrinks as it likes.
-_ROUNDINGS = 1000
+# By as many roundings of the residual H times it may grow, and while it is below ten times that it is one itself.
+_ROUNDINGS = 100
+
+# An image of so few roundings no longer changes the residual: what is left has no curvature that can be seen.
+_FLAT = 2
 
 
 @dataclass(frozen=True)
-class NeumannSeries:
+class NeumannSeries(IterativeSolver):
     """Solve ``H v = b`` for symmetric positive-definite ``H``, by the truncated Neumann series.
 
     With ``a`` the step size, it sums ``v_j = a * sum_{i<=j} (I - a H)^i b`` from ``v_0 = a b`` to ``v_k``, which is
@@ -71,88 +65,77 @@ class NeumannSeries:
     tolerance: float = ruled(at_least(0), 1e-10)
     rtol: float = ruled(at_least(0), 0.0)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    definite = True
 
-    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
-        """Return ``v`` of shape (n,) with its status, step count and residual norm.
+    def begin(self, system: System) -> Recursion:
+        """Return the series at its first term."""
+        return _Series(system, self.step_size)
 
-        Parameters
-        ----------
-        hvp : callable
-            ``v -> H v`` on ``(n,)`` tensors.
-        b : Tensor, shape (n,)
-            The right-hand side, of a floating dtype.
-        v0 : Tensor, shape (n,), optional
-            A direction to start along; the series then starts with its residual in place of ``b``. Not used where
-            ``k = 0``, which takes no product.
 
-        Returns
-        -------
-        Solution
-            With ``steps`` the terms added to the first. Where a term grows, ``v`` is the sum before it did, and
-            the status tells a step size that is too large, ``DIVERGED``, from an ``H`` with a negative eigenvalue;
-            ``lambda_max`` is then what the growth shows the largest eigenvalue to be at least.
-        """
-        scale, known = unsolvable(b)
-        if known is not None:
-            return known
-        b = scaled(b, scale)
-        b_norm = norm(b).item()
-        stop = stopping_norm(self.tolerance / scale, self.rtol, b_norm, b.dtype)
-        v, r = start(hvp, b, v0 if self.k else None, definite=True)
-        last = norm(r).item()
-        if last < stop:
-            return self._answer(Status.CONVERGED, v, last, 0, scale)
-        if not math.isfinite(last):
-            return self._answer(Status.NON_FINITE, torch.zeros_like(v), b_norm, 0, scale)
-        steps, smallest, image_smallest = 0, last, math.inf
-        at_once, rounding = steps_between_checks(b), _ROUNDINGS * torch.finfo(b.dtype).eps / self.step_size
-        while steps < self.k:
-            terms, norms = [r], []
-            for _ in range(min(at_once, self.k - steps)):
-                image = hvp(terms[-1])
-                terms.append(torch.add(terms[-1], image, alpha=-self.step_size))
-                norms += [norm(terms[-1]), norm(image)]
-                del image  # or it would still be there during the next product
-            seen = iter(read(norms))
-            for r_next, last_next, image_norm in zip(terms[1:], seen, seen, strict=True):
-                steps += 1
-                if not last_next <= _GROWTH * smallest:
-                    return self._failure(r, r_next, hvp, v, last, steps, scale)
-                if image_norm > max(rounding * last, _GROWTH * image_smallest):
-                    # Once its norm has grown it grows for ever, so that the next two images show it as well.
-                    return self._failure(hvp(r), hvp(r_next), hvp, v, last, steps, scale)
-                v.add_(r, alpha=self.step_size)  # only now, so that the sum before a growth is still there
-                r, last = r_next, last_next
-                smallest, image_smallest = min(smallest, last), min(image_smallest, image_norm)
-                if last < stop:
-                    return self._answer(Status.CONVERGED, v, last, steps, scale)
-        if self.k and last >= b_norm * (1 - torch.finfo(b.dtype).eps):
-            return self._answer(Status.NEGATIVE_CURVATURE, v, last, steps, scale)
-        residual = last if self.k else math.nan
-        return self._answer(Status.MAX_STEPS, v.add_(r, alpha=self.step_size), residual, steps, scale)
+class _Series(Recursion):
+    """The terms of one run, each the residual of the sum before it, and their sum up to where nothing has grown."""
 
-    def _answer(self, status: Status, v: Tensor, residual: float, steps: int, scale: float) -> Solution:
-        """Return the solution in the units of ``b``; that the residual never grew says that ``||H||`` is some 1 / a."""
-        return Solution(scaled(v, 1 / scale), status, steps, certain_norm(residual, v, 1 / self.step_size) * scale)
+    def __init__(self, system: System, step_size: float) -> None:
+        self._system, self._step_size = system, step_size
+        self._latest = self._r = system.r
+        self.x, self.residual, self.drift = torch.zeros_like(system.r), norm(system.r).item(), system.drift
+        self._smallest, self._smallest_image = self.residual, math.inf
+        self._length, self._epsilon = system.length, torch.finfo(system.r.dtype).eps
+        self._steps, self._image = 0, 0.0  # the largest ||H r|| / ||r||
+        # That no term grows says that ||H|| is below 2 / a.
+        self.largest = 1 / step_size
 
-    def _failure(
-        self, x: Tensor, x_next: Tensor, hvp: Hvp, v: Tensor, residual: float, steps: int, scale: float
-    ) -> Solution:
+    def step(self) -> tuple[Tensor, list[Tensor]]:
+        image = self._system.hvp(self._latest)
+        self._latest = torch.add(self._latest, image, alpha=-self._step_size)
+        return self._latest, [norm(self._latest), norm(image)]
+
+    def judge(self, made: Tensor, scalars: list[float]) -> Status:
+        residual, image = scalars
+        rounding = self._epsilon * self.largest * self.residual
+        if not residual <= _GROWTH * self._smallest:
+            return self._growth(self._r, made)
+        if image > _ROUNDINGS * rounding + max(9 * _ROUNDINGS * rounding, _GROWTH * self._smallest_image):
+            # Once its norm has grown it grows for ever, so that the next two images show it as well.
+            return self._growth(self._system.hvp(self._r), self._system.hvp(made))
+        if image <= _FLAT * rounding and self._is_flat(made):
+            return Status.STAGNATED
+        self.x.add_(self._r, alpha=self._step_size)  # only now, so that the sum before a growth is still there
+        self._length += self._step_size * self.residual
+        self.drift = math.hypot(self.drift, self._epsilon * self.largest * self._length)
+        self._image = max(self._image, image / self.residual)
+        self._r, self.residual = made, residual
+        self._smallest, self._smallest_image = min(self._smallest, residual), min(self._smallest_image, image)
+        self._steps += 1
+        if residual + self.drift < self._system.stop:
+            return Status.CONVERGED
+        return Status.STAGNATED if residual <= self.drift else Status.MAX_STEPS
+
+    def end(self, status: Status) -> None:
+        if not status.failed and self._steps:
+            self.lambda_max = self._image
+        if status is Status.MAX_STEPS:
+            self.x.add_(self._r, alpha=self._step_size)
+            self.residual = self.residual if self._steps else math.nan
+
+    def _is_flat(self, made: Tensor) -> bool:
+        """Return whether a step changed the residual by no more than rounding does; a norm of 1e-30 is 0 as read."""
+        change = made - self._r
+        return dot(change, change).sqrt().item() <= _FLAT * self._epsilon * self.residual
+
+    def _growth(self, x: Tensor, x_next: Tensor) -> Status:
         """Return why ``x`` grew to ``x_next = M x``, with ``M = I - a H``, for one hvp more.
 
         ``x' (M^3 - M) x`` has the sign of the eigenvalues of ``M`` that grow, above 1 or below -1: ``x' (M^2 - I) x``
         is positive, so they outweigh the others, which count for less still in the first form. The
         sign of ``x' H x`` would not do: to it the largest eigenvalues of ``H`` contribute, although they contract.
         """
-        image = hvp(x_next)
-        once, thrice = dot(x, x_next).item(), dot(x_next, x_next - self.step_size * image).item()
-        solution = Solution(scaled(v, 1 / scale), Status.NON_FINITE, steps, residual * scale)
+        image = self._system.hvp(x_next)
+        once, thrice = dot(x, x_next).item(), dot(x_next, x_next - self._step_size * image).item()
         if not (math.isfinite(once) and math.isfinite(thrice)):
-            return solution
+            return Status.NON_FINITE
         if thrice > once:
-            return replace(solution, status=Status.NEGATIVE_CURVATURE)
+            return Status.NEGATIVE_CURVATURE
         # Where none is negative, ||H x|| / ||x|| is no more than the largest eigenvalue; that growth proves the other.
-        largest = max(norm(image).item() / norm(x_next).item(), 2 / self.step_size)
-        return replace(solution, status=Status.DIVERGED, lambda_max=largest)
+        self.lambda_max = max(norm(image).item() / norm(x_next).item(), 2 / self._step_size)
+        return Status.DIVERGED

@@ -6,7 +6,7 @@ are flat ``(n,)`` tensors of one floating dtype on one device; norms are Euclide
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
@@ -26,14 +26,18 @@ Hvp = Callable[[Tensor], Tensor]
 class Status(Enum):
     """How a solve ended.
 
-    ``CONVERGED`` and ``MAX_STEPS`` are answers, the second a truncated one whose residual says how good it is. The
-    others are failures; ``v`` is then the best iterate before the failure, and no answer. ``NEGATIVE_CURVATURE`` is an
-    ``H`` with a direction of negative curvature, or of none at all in which ``b`` has a part. ``UNVERIFIED`` is a
-    residual that, computed anew, is not the one the solver reported.
+    The first three are answers. ``CONVERGED`` is one whose residual is below the tolerance, whatever rounding has done
+    to it, and ``MAX_STEPS`` a truncated one. ``STAGNATED`` is one that rounding stopped above its tolerance, as it also
+    does where ``b`` has a part in a direction whose curvature is zero to rounding. The residual says how good they are.
+
+    The others are failures; ``v`` is then the last iterate before the failure, and no answer. ``NEGATIVE_CURVATURE`` is
+    an ``H`` with a direction of negative curvature, or one that has none at all in the direction of ``b``.
+    ``UNVERIFIED`` is a residual that, computed anew, is not the one the solver reported.
     """
 
     CONVERGED = "converged"
     MAX_STEPS = "max_steps"
+    STAGNATED = "stagnated"
     DIVERGED = "diverged"
     NEGATIVE_CURVATURE = "negative_curvature"
     NON_FINITE = "non_finite"
@@ -42,7 +46,31 @@ class Status(Enum):
     @property
     def failed(self) -> bool:
         """Whether the solve gave no answer."""
-        return self not in (Status.CONVERGED, Status.MAX_STEPS)
+        return self not in (Status.CONVERGED, Status.MAX_STEPS, Status.STAGNATED)
+
+    @property
+    def explanation(self) -> str:
+        """What it means and what to do about it, in a sentence or two."""
+        return _EXPLANATIONS[self]
+
+
+_EXPLANATIONS = {
+    Status.CONVERGED: "The residual is below the tolerance.",
+    Status.MAX_STEPS: "All steps were taken. A larger `k` makes the residual smaller.",
+    Status.STAGNATED: (
+        "Rounding, or a direction without curvature, keeps the residual above the tolerance. Accept it, add `damping`, "
+        "or compute in float64."
+    ),
+    Status.DIVERGED: (
+        'The solution is worse than none. Take a smaller step size, `step_size="auto"`, or another solver.'
+    ),
+    Status.NEGATIVE_CURVATURE: (
+        "The Hessian has a direction of negative curvature, or of none where some is needed: the ll model is not at a "
+        'minimum, or has a flat direction. Train it longer, add `damping`, or take `solver="minres"`.'
+    ),
+    Status.NON_FINITE: "A loss or a derivative is not finite.",
+    Status.UNVERIFIED: "The residual computed anew is larger than the one that the solver reported.",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +108,7 @@ class Solution:
         ``||b - H v||`` of the ``v`` returned, or a bound on it where the solver's class says so.
     lambda_min, lambda_max : float
         The smallest and the largest curvature ``p' H p / p' p`` that the solve met, which lie between the extreme
-        eigenvalues of ``H``; NaN where it met none.
+        eigenvalues of ``H``; of the series the largest ``||H p|| / ||p||`` alone. NaN where it met none.
     damping : float
         What a solver chose to add to the diagonal of ``H``: ``v`` then solves that system.
     attempts : tuple of Attempt
@@ -95,6 +123,12 @@ class Solution:
     lambda_max: float = math.nan
     damping: float = 0.0
     attempts: tuple[Attempt, ...] = ()
+
+    def times(self, factor: float) -> "Solution":
+        """Return the solution for ``factor`` times ``b``."""
+        if factor == 1:
+            return self
+        return replace(self, v=self.v * factor, residual_norm=self.residual_norm * factor)
 
 
 @runtime_checkable
