@@ -98,14 +98,16 @@ class Problem:
 
 def ridge() -> Problem:
     ll_model = nn.Linear(500, 1, bias=False)
-    truth = torch.randn(500, 1)
-    train, validate = ((x, x @ truth + torch.randn(len(x), 1)) for x in (torch.randn(2000, 500), torch.randn(500, 500)))
+    truth, scales = torch.randn(500, 1), torch.logspace(-1, 0, 500)  # or CG would converge before k steps
+    train, validate = (
+        (x, x @ truth + torch.randn(len(x), 1)) for x in (torch.randn(n, 500) * scales for n in (2000, 500))
+    )
     return Problem("ridge", ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
 
 
 def logistic() -> Problem:
     ll_model = nn.Linear(64, 10, bias=False)
-    scales = torch.logspace(-1, 0.5, 64)  # or CG would converge before k steps
+    scales = torch.logspace(-1, 0.5, 64)
     train, validate = ((x * scales, y) for x, y in (classes(1000, 64), classes(1000, 64)))
     return Problem("logistic", ll_model, LogL2(ll_model, -4.0), cross_entropy, train, validate, 1.0, 200)
 
@@ -114,7 +116,7 @@ def mlp(per: str = "entry") -> Problem:
     layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
     ll_model = nn.Sequential(*layers)
     train, validate = (classes(128, 784), classes(128, 784))
-    return Problem("MLP", ll_model, LogL2(ll_model, -0.5, per), cross_entropy, train, validate, 0.1, 20)
+    return Problem("MLP", ll_model, LogL2(ll_model, -1.0, per), cross_entropy, train, validate, 0.1, 20)
 
 
 def cnn() -> Problem:

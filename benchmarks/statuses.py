@@ -2,10 +2,10 @@
 
     python benchmarks/statuses.py [--systems 2000] [--output FILE]
 
-*Systems.* ``H = Q diag(eigenvalues) Q'`` with a random rotation, or none, of 2 to 100 unknowns, in float32 and float64:
-definite, indefinite, or singular, with ``b`` in the range of ``H`` or not; condition 1 to 1e16, the eigenvalues spread
 *Systems.* ``H = Q diag(eigenvalues) Q'``, randomly rotated or not, of 2 to 100 unknowns, in float32 and in float64:
-2,000 steps and a tolerance that is absolute, relative, or 0, and verified.
+definite, indefinite, or singular, with ``b`` in the range of ``H`` or not; condition 1 to 1e16, the eigenvalues spread
+evenly or at random over it, or one apart from the rest. Each is solved by each iterative solver, cold or warm, with up
+to 2,000 steps and a tolerance that is absolute, relative, or 0, and verified.
 
 *What is counted as wrong.* The true residual is computed in extended precision.
 

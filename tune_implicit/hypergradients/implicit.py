@@ -1,6 +1,7 @@
 """The hypergradient: direct minus implicit term."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -145,12 +146,9 @@ class Implicit:
         check_devices(ll_params[0].device, validate=validate, train=train)
 
         with untouched(self.ul_model, ll_model) as put_back, torch.enable_grad():
-
-            def loss_of(objective: str, batch: Batch) -> Tensor:
-                put_back()  # what one objective does to modes and random state is no part of the other
-                return scalar_loss(objective, getattr(self, objective)(State(*batch, self.ul_model, ll_model)))
-
-            ul_loss_of, ll_loss_of = partial(loss_of, "ul_objective"), partial(loss_of, "ll_objective")
+            ul_loss_of, ll_loss_of = (
+                partial(self._loss, objective, ll_model, put_back) for objective in ("ul_objective", "ll_objective")
+            )
             ul_print, ll_print = Fingerprint(list(ul_params.values())), Fingerprint(ll_params)
             with named_derivatives("ul_objective", ll_model, partial(ul_loss_of, validate)):
                 loss = ul_loss_of(validate)
@@ -186,6 +184,11 @@ class Implicit:
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
         return result
+
+    def _loss(self, objective: str, ll_model: nn.Module, put_back: Callable[[], None], batch: Batch) -> Tensor:
+        """Return a loss; what another objective has done to modes and random state is no part of it."""
+        put_back()
+        return scalar_loss(objective, getattr(self, objective)(State(*batch, self.ul_model, ll_model)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next call would start from: tensors, or ``None``, that load with ``weights_only=True``."""

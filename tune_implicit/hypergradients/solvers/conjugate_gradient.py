@@ -83,20 +83,20 @@ class _Recursion(Recursion):
         self._start = self.residual
 
     def step(self) -> tuple[list[Tensor], list[Tensor]]:
-        hp = self._system.hvp(self._p)
-        curvature = dot(self._p, hp)
+        p, learned = self._p, self._learned
+        hp = self._system.hvp(p)
+        curvature = dot(p, hp)
         alpha = self._rz / curvature
-        self._x = torch.addcmul(self._x, self._p, alpha)
-        self._r = torch.addcmul(self._r, hp, alpha, value=-1)
-        rr = dot(self._r, self._r)
-        made = [self._x] if self._preconditioner is None else [self._x, self._p, hp]
-        if self._learned is None:
-            scalars, z, rz = [curvature, rr], self._r, rr
-        else:
-            scalars, z = [curvature, rr, self._rz, dot(self._p, self._p)], self._learned.apply(self._r)
-            rz = dot(self._r, z)
-        self._p, self._rz = torch.addcmul(z, self._p, rz / self._rz), rz
-        return made, scalars
+        self._x = torch.addcmul(self._x, p, alpha)
+        self._r = r = torch.addcmul(self._r, hp, alpha, value=-1)
+        z, rr = r, dot(r, r)
+        rz, scalars = rr, [curvature, rr]
+        if learned is not None:
+            scalars += [self._rz, dot(p, p)]
+            z = learned.apply(r)
+            rz = dot(r, z)
+        self._p, self._rz = torch.addcmul(z, p, rz / self._rz), rz
+        return ([self._x] if self._preconditioner is None else [self._x, p, hp]), scalars
 
     def judge(self, made: list[Tensor], scalars: list[float]) -> Status:
         php, rr, *preconditioned = scalars
