@@ -7,6 +7,8 @@ from tune_implicit.checks.check import check
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.errors import (
     CheckpointError,
+    DerivativeError,
+    DetachedError,
     DivergedError,
     InvalidTypeError,
     InvalidValueError,
@@ -48,6 +50,8 @@ __all__ = [
     "ConjugateGradient",
     "Damped",
     "DenseSolve",
+    "DerivativeError",
+    "DetachedError",
     "DivergedError",
     "Fallback",
     "Hypergradient",

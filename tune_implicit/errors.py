@@ -2,6 +2,8 @@
 
 __all__ = [
     "CheckpointError",
+    "DerivativeError",
+    "DetachedError",
     "DivergedError",
     "InvalidTypeError",
     "InvalidValueError",
@@ -18,6 +20,14 @@ class TuneImplicitError(Exception):
 
 class InvalidValueError(TuneImplicitError, ValueError):
     """An argument, a setting or a result of the caller's own function has a value it must not have."""
+
+
+class DetachedError(InvalidValueError):
+    """A loss does not depend on what it is to be differentiated in."""
+
+
+class DerivativeError(InvalidValueError):
+    """A loss uses what torch cannot differentiate, or not as often as needed."""
 
 
 class InvalidTypeError(TuneImplicitError, TypeError):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.problems import F64, Values
 from tests.support.toy import ul_objective
@@ -103,6 +104,34 @@ def outside(problem: BilevelProblem) -> BilevelProblem:
 
 def settings(**changes: Any) -> ImplicitSettings:
     return replace(SETTINGS, **changes)
+
+
+def with_l1(state: State) -> Tensor:
+    return ul_objective(state) + 0.5 * state.ul_model.log_l2.exp().mean() * state.ll_model[0].weight.abs().sum()
+
+
+def clamped(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """What keeps weights below 0.2, where the data would have two of them at 1."""
+    optimizer = torch.optim.Adam(params, lr=lr)
+
+    def project(*_: Any) -> None:
+        for param in params:
+            param.data.clamp_(max=0.2)
+
+    optimizer.register_step_post_hook(project)
+    return optimizer
+
+
+def leaves_eval_on(state: State) -> Tensor:
+    loss = ll_objective(state)
+    state.ll_model.eval()
+    return loss
+
+
+class CheckpointedAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        q = x[:, None, :, None].expand(-1, 1, -1, 8).contiguous()
+        return checkpoint(scaled_dot_product_attention, q, q, q, use_reentrant=False).mean((1, 3))
 
 
 BROKEN: dict[str, tuple[str, Callable[[], BilevelProblem], ImplicitSettings]] = {
@@ -205,12 +234,34 @@ BROKEN: dict[str, tuple[str, Callable[[], BilevelProblem], ImplicitSettings]] = 
         lambda: working(ll_objective=lambda s: ll_objective(s) + 1e-9 * s.data.sum(), validate_data=flipped(split(1))),
         SETTINGS,
     ),
+    "an L1 penalty": (
+        "not-smooth",
+        lambda: working(ll_objective=with_l1, ul_model=Values(log_l2=torch.zeros(D, dtype=F64))),
+        settings(ll_steps=20),
+    ),
+    "weights that are projected": ("not-smooth", lambda: working(ll_optimizer=clamped), SETTINGS),
+    "an objective that leaves evaluation mode on": (
+        "mode-leak",
+        lambda: working(ll_model=nn.Sequential(nn.Linear(D, 1), nn.Dropout(0.1)).to(F64), ll_objective=leaves_eval_on),
+        SETTINGS,
+    ),
+    "a module that cannot be differentiated twice": (
+        "double-backward",
+        lambda: working(ll_model=nn.Sequential(nn.Linear(D, D), nn.Hardsigmoid(), nn.Linear(D, 1)).to(F64)),
+        SETTINGS,
+    ),
     "no select_data": ("no-select-data", lambda: working(select_data=None), SETTINGS),
     "the same data twice": ("same-data", lambda: working(validate_data=split(0)), SETTINGS),
 }
 
 
-ONLY_WARNED = ("splits swapped", "an ll model that generalises badly", "no select_data", "the same data twice")
+ONLY_WARNED = (
+    "weights that are projected",
+    "splits swapped",
+    "an ll model that generalises badly",
+    "no select_data",
+    "the same data twice",
+)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -221,10 +272,18 @@ def test_a_broken_problem_is_found_by_name(name: str) -> None:
     assert report.passed == (name in ONLY_WARNED), str(report)
 
 
+def test_attention_that_is_computed_again_passes() -> None:
+    model = nn.Sequential(
+        nn.Linear(D, D), CheckpointedAttention(), nn.Unflatten(0, (N, 1)), nn.Linear(D, 1), nn.Flatten(0, 1)
+    ).to(F64)
+    report = check(working(ll_model=model), SETTINGS)
+    assert not {"double-backward", "torch-error", "problem"} & {fault.name for fault in report.faults}, str(report)
+
+
 def test_the_module_that_cannot_be_differentiated_twice_is_named() -> None:
     _, problem, chosen = BROKEN["fused attention forced"]
     (fault,) = check(problem(), chosen).faults
-    assert "'1' (FlashAttention)" in fault.message
+    assert "(in '1', FlashAttention)" in fault.message
 
 
 # ---- the report

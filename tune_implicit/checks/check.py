@@ -1,17 +1,32 @@
 """A look at a problem before a night of computing: what is broken, what is slow, and which settings suit it."""
 
-import copy
-from dataclasses import replace
-
+from tune_implicit.checks.cost import look_at_cost
+from tune_implicit.checks.curvature import look_at_curvature
+from tune_implicit.checks.data import look_at_data
+from tune_implicit.checks.derivatives import look_at_derivatives
 from tune_implicit.checks.findings import CheckReport, StopCheckError
-from tune_implicit.checks.inspection import Inspection
-from tune_implicit.checks.rehearsal import Rehearsal
+from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.checks.objectives import look_at_objectives
+from tune_implicit.checks.retraining import look_at_retraining
+from tune_implicit.checks.training import look_at_training
 from tune_implicit.errors import TuneImplicitError
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
 
 __all__ = ["check"]
+
+# In this order: each may rely on what those before it have not stopped at, and from the fourth on the ll model is
+# trained.
+LOOKS = (
+    look_at_data,
+    look_at_objectives,
+    look_at_derivatives,
+    look_at_training,
+    look_at_curvature,
+    look_at_retraining,
+    look_at_cost,
+)
 
 
 def check(problem: BilevelProblem, settings: ImplicitSettings | None = None) -> CheckReport:
@@ -34,17 +49,19 @@ def check(problem: BilevelProblem, settings: ImplicitSettings | None = None) -> 
     -------
     CheckReport
     """
-    settings = settings or ImplicitSettings()
-    report = CheckReport()
-    models = {name: copy.deepcopy(getattr(problem, name)) for name in ("ul_model", "ll_model")}
+    settings, report = settings or ImplicitSettings(), CheckReport()
     with preserved_rng():
         seed_everything(settings.seed)
-        inspection = Inspection(replace(problem, **models), report)
         try:
-            inspection.run()
-            Rehearsal(inspection, settings).run()
+            fixed = FixedProblem.of(problem, settings)
         except TuneImplicitError as error:
-            report.fault("problem", str(error))
+            report.fault("data", str(error))
+            return report
+        try:
+            for look in LOOKS:
+                look(fixed, report)
         except StopCheckError:
             report.warn("incomplete", "What comes after this fault was not looked at. Mend it, and check again.")
+        except TuneImplicitError as error:
+            report.fault("problem", str(error))
     return report

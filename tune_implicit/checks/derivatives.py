@@ -1,22 +1,114 @@
-"""Derivatives against differences, and the modules whose second derivatives torch does not have."""
+"""A look at first and second derivatives: whether they are finite, and whether they agree with differences."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import grad
-from torch.utils import _pytree as pytree
 
+from tune_implicit.checks.findings import AGREES, CheckReport
+from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.errors import DerivativeError, InvalidTypeError
 from tune_implicit.hypergradients.solvers.spectrum import random_direction
-from tune_implicit.hypergradients.state import tensors_of
-from tune_implicit.hypergradients.vectors import unflatten
+from tune_implicit.hypergradients.vectors import flatten, unflatten
 
-__all__ = ["directional_error", "once_differentiable_modules"]
+__all__ = ["exact_copy", "look_at_derivatives"]
+
+# For differences of a loss, and of a gradient. A ReLU network's gradient jumps so often that the steps must be tiny.
+_STEPS = (1e-4, 1e-5, 1e-6, 1e-7)
+_STEPS_OF_GRADIENTS = (1e-4, 1e-6, 1e-8, 1e-9, 1e-10)
+
+
+def look_at_derivatives(fixed: FixedProblem, report: CheckReport) -> None:
+    """Compare first and second derivatives with differences, in float64, along random directions."""
+    params = [*fixed.ll_params(), *fixed.ul_params().values()]
+    for level in ("ul", "ll"):
+        if not fixed.gradient(level, params).isfinite().all():
+            report.stop(
+                "non-finite",
+                f"The gradient of `{level}_objective` is not finite although its value is, as that of sqrt at 0. "
+                "Add a small constant inside the root, or clamp.",
+            )
+    _second(fixed, report)
+    exact = exact_copy(fixed, report)
+    if exact is not None:
+        _compare_with_differences(exact, report)
+
+
+def _second(fixed: FixedProblem, report: CheckReport) -> None:
+    """Look at one product with each of the second derivatives."""
+    direction = random_direction(flatten([param.detach() for param in fixed.ll_params()]))
+    try:
+        with fixed.second_order() as second:
+            image = second.hvp(direction)
+            mixed = second.mixed_vjp(direction, list(fixed.ul_params().values()))
+    except DerivativeError as error:
+        report.stop("double-backward", str(error))
+    if not all(t.isfinite().all() for t in (image, *mixed) if t is not None):
+        report.stop("non-finite", "The second derivatives of `ll_objective` are not finite although its gradient is.")
+    if all(m is None or not m.any() for m in mixed) and not report.faults:
+        report.fault(
+            "no-implicit-term",
+            "The gradient of `ll_objective` in the ll weights does not depend on any ul value: the hypergradient has "
+            "no implicit term.",
+        )
+
+
+def exact_copy(fixed: FixedProblem, report: CheckReport | None = None) -> FixedProblem | None:
+    """Return the problem in float64, ``None`` where it does not run in that or not twice alike; ``report`` is told."""
+    exact = fixed.doubled()
+    try:
+        losses = [(exact.value("ll"), exact.value("ul")) for _ in range(2)]
+    except (RuntimeError, InvalidTypeError) as error:
+        if report is not None:
+            report.warn(
+                "not-in-float64",
+                "An objective does not run in float64, so that nothing was compared with differences: "
+                + str(error).splitlines()[0],
+            )
+        return None
+    if losses[0] != losses[1]:
+        if report is not None:
+            report.warn(
+                "not-repeatable",
+                "An objective gives another loss at every call although all global generators are the same, as from a "
+                "generator of its own, so that nothing was compared with differences.",
+            )
+        return None
+    return exact
+
+
+def _compare_with_differences(exact: FixedProblem, report: CheckReport) -> None:
+    ll_params = exact.ll_params()
+    params = [*ll_params, *exact.ul_params().values()]
+    for level in ("ul", "ll"):
+        error = directional_error(params, exact.gradient(level, params), partial(exact.value, level), _STEPS)
+        _tell(f"`{level}_objective`'s gradient", error, report)
+    weights = random_direction(flatten(ll_params), seed=1)
+
+    def along() -> float:
+        return (exact.gradient("ll", ll_params) @ weights).item()
+
+    with exact.second_order() as second:
+        image = second.hvp(weights)
+    error = directional_error(ll_params, image, along, _STEPS_OF_GRADIENTS)
+    _tell("the second derivative of `ll_objective`", error, report)
+
+
+def _tell(what: str, error: float, report: CheckReport) -> None:
+    if error <= AGREES:
+        report.ok("derivatives", f"{what} agrees with differences to {error:.0e}")
+    else:
+        report.fault(
+            "derivative",
+            f"Along a random direction {what} is off by {error:.0%} from differences of its values. A part is "
+            "detached, or a function of your own or of a module has a wrong derivative.",
+        )
 
 
 def directional_error(
-    params: Sequence[nn.Parameter], gradient: Tensor, value: Callable[[], Tensor], steps: Sequence[float]
+    params: Sequence[nn.Parameter], gradient: Tensor, value: Callable[[], float], steps: Sequence[float]
 ) -> float:
     """Return how far ``gradient`` is from differences of ``value()`` along a random direction over ``params``.
 
@@ -26,8 +118,8 @@ def directional_error(
         Moved, and moved back.
     gradient : Tensor, shape (n,)
         Of the scalar ``value()`` over all entries of ``params``.
-    value : callable() -> Tensor
-        In float64, and the same at every call.
+    value : callable() -> float
+        Of a function in float64, and the same at every call.
     steps : sequence of float
         Of the differences. A kink within a step spoils one, rounding another.
 
@@ -49,48 +141,9 @@ def directional_error(
     best = math.inf
     for h in steps:
         shift(h)
-        high = value().item()
+        high = value()
         shift(-2 * h)
-        low = value().item()
+        low = value()
         shift(h)
         best = min(best, abs((high - low) / (2 * h) - expected) / scale)
     return best
-
-
-def once_differentiable_modules(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return the innermost modules of ``model`` that cannot be differentiated twice at what ``run()`` feeds them."""
-    fed: dict[str, tuple[nn.Module, tuple[object, ...]]] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: fed.__setitem__(name, (module, inputs)))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [
-        f"{name!r} ({type(module).__name__})" for name, (module, inputs) in fed.items() if not _twice(module, inputs)
-    ]
-
-
-def _twice(module: nn.Module, inputs: Iterable[object]) -> bool:
-    def leaf(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().clone()
-        return tensor.requires_grad_() if tensor.is_floating_point() else tensor
-
-    made = pytree.tree_map_only(Tensor, leaf, inputs)
-    leaves = [tensor for tensor in (*tensors_of(made), *module.parameters()) if tensor.requires_grad]
-    try:
-        with torch.enable_grad():
-            outputs = [tensor for tensor in tensors_of(module(*made)) if tensor.requires_grad]
-            if not (outputs and leaves):
-                return True
-            # A square, so that the derivative varies even where the module is linear.
-            total = torch.stack([output.square().sum() for output in outputs]).sum()
-            varying = [g for g in grad(total, leaves, create_graph=True, allow_unused=True) if g is not None]
-            grad(varying, leaves, [torch.ones_like(g) for g in varying], allow_unused=True)
-    except RuntimeError:
-        return False
-    return True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from tune_implicit.errors import InvalidValueError
+from tune_implicit.errors import DetachedError
 from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
@@ -229,13 +229,13 @@ def _of_used(b: Tensor, ll_params: list[nn.Parameter], unused: list[int]) -> Ten
 
     Raises
     ------
-    InvalidValueError
+    DetachedError
         If it leaves all alone that the ul loss depends on, and all others.
     """
     if not unused:
         return b
     if len(unused) == len(ll_params) and b.any():
-        raise InvalidValueError(
+        raise DetachedError(
             "`ll_objective` does not depend on the ll model's parameters. Compute it from `state.ll_model`, without "
             ".detach(), .item() or NumPy, and not from a model outside the state."
         )

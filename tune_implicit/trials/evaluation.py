@@ -1,13 +1,13 @@
 """Losses and metrics over a whole split, without leaving a trace in the trial."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tune_implicit.errors import InvalidTypeError
+from tune_implicit.hypergradients.guards.untouched import preserved_modes
 from tune_implicit.hypergradients.rng import preserved_rng
 from tune_implicit.hypergradients.state import Batch, State, tensors_of
 from tune_implicit.trials.problem import BilevelProblem, Metric
@@ -46,10 +46,13 @@ def evaluate(
     """
     device = next(problem.ll_model.parameters()).device
     totals, weight = dict.fromkeys(functions, 0.0), 0
-    with preserved_rng(), _evaluation_mode(problem.ul_model, problem.ll_model), torch.no_grad():
+    models = problem.ul_model, problem.ll_model
+    with preserved_rng(), preserved_modes(*models), torch.no_grad():
+        for model in models:
+            model.eval()
         for batch in batches_of(name, data):
             batch_data, target = move(batch, device)
-            state = State(batch_data, target, problem.ul_model, problem.ll_model)
+            state = State(batch_data, target, *models)
             size = _size(target) or _size(batch_data) or 1
             for key, function in functions.items():
                 totals[key] += size * _number(key, function(state))
@@ -69,15 +72,3 @@ def _number(name: str, value: Tensor | float) -> float:
         return float(value)
     except TypeError:
         raise InvalidTypeError(f"`{name}` must return a number, got {type(value).__name__}.") from None
-
-
-@contextmanager
-def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_implicit.errors import InvalidTypeError, InvalidValueError
+from tune_implicit.errors import DetachedError, InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.state import tensors_of
 
 __all__ = ["Loss", "check_devices", "check_used", "scalar_loss"]
@@ -19,7 +19,9 @@ def scalar_loss(name: str, loss: object) -> Tensor:
     InvalidTypeError
         If it is not a real floating tensor.
     InvalidValueError
-        If it has more than one entry, or depends on no parameter.
+        If it has more than one entry.
+    DetachedError
+        If it depends on no parameter.
     """
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
@@ -30,7 +32,7 @@ def scalar_loss(name: str, loss: object) -> Tensor:
             "Reduce it with .mean() or .sum()."
         )
     if not loss.requires_grad:
-        raise InvalidValueError(
+        raise DetachedError(
             f"`{name}` returned a loss that depends on no parameter. Compute it from `state.ll_model` and "
             "`state.ul_model`, without .detach(), .item(), NumPy or torch.no_grad()."
         )

@@ -12,7 +12,7 @@ from torch.autograd import grad
 from torch.autograd.function import once_differentiable
 from torch.backends import cuda, cudnn
 
-from tune_implicit.errors import InvalidValueError
+from tune_implicit.errors import DerivativeError
 from tune_implicit.hypergradients.borrowed import (
     custom_function_of,
     is_spectral_norm,
@@ -58,7 +58,7 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
 
     Raises
     ------
-    InvalidValueError
+    DerivativeError
         If it does. That of ``weight_norm`` is wrong in torch 2.13, without a word: by 30% of the largest entry of the
         Hessian of a linear layer, against differences of its gradient.
     """
@@ -73,7 +73,7 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
         elif isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.sparse):
             kind, instead = "Embedding with scale_grad_by_freq or sparse", "neither option"
         if kind and any(param.requires_grad for param in module.parameters()):
-            raise InvalidValueError(
+            raise DerivativeError(
                 f"`{name}`'s module {path!r} uses {kind}, which torch cannot differentiate twice. Use {instead}, or "
                 "set requires_grad=False on its parameters."
             )
@@ -88,19 +88,19 @@ def check_second_derivatives(ll_loss: Loss) -> None:
 
     Raises
     ------
-    InvalidValueError
+    DerivativeError
         If it does: of a custom function whose backward is marked once_differentiable, or of ``weight_norm``.
     """
     for node in ll_loss.nodes():
         if node.name().startswith("WeightNorm"):
-            raise InvalidValueError(
+            raise DerivativeError(
                 "`ll_objective` uses weight_norm, whose second derivative torch gets wrong. Write g * v / v.norm(...)."
             )
         custom = custom_function_of(node)
         backward = getattr(custom, "backward", None)
         while custom is not None and backward is not None:
             if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
-                raise InvalidValueError(
+                raise DerivativeError(
                     f"`ll_objective` uses {custom.__name__}, whose backward is marked once_differentiable: "
                     "it has no second derivative. Use another implementation of it."
                 )
@@ -122,7 +122,7 @@ def named_derivatives(objective: str, model: nn.Module, run: Callable[[], object
 
     Raises
     ------
-    InvalidValueError
+    DerivativeError
         In place of torch's RuntimeError, if it is one about a derivative.
     RuntimeError
         If it is another.
@@ -138,7 +138,7 @@ def named_derivatives(objective: str, model: nn.Module, run: Callable[[], object
         modules = [] if argument else _once_differentiable_modules(model, run)
         where = f" (in {'; '.join(modules)})" if modules else ""
         instead = next((way for name, way in _INSTEAD.items() if operation.startswith(name)), None)
-        raise InvalidValueError(
+        raise DerivativeError(
             f"torch cannot differentiate {what}, which `{objective}` needs{where}: "
             + (f"write {instead}" if instead else "write it from functions that torch can differentiate")
             + ", or freeze all parameters that it depends on."

@@ -12,7 +12,7 @@ from tune_implicit.hypergradients.borrowed import set_backward_hooks, take_backw
 from tune_implicit.hypergradients.rng import remembered_rng
 from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["Fingerprint", "untouched"]
+__all__ = ["Fingerprint", "preserved_modes", "untouched"]
 
 
 @contextmanager
@@ -58,6 +58,17 @@ def untouched(*models: nn.Module) -> Iterator[Callable[[], None]]:
         for param, gradient, hooks in taken:
             param.grad = gradient
             set_backward_hooks(param, hooks)
+
+
+@contextmanager
+def preserved_modes(*models: nn.Module) -> Iterator[None]:
+    """Leave the training modes of the models' modules as they were."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Fingerprint:

@@ -1,0 +1,143 @@
+"""A look at the Hessian where training ends: its eigenvalues, the solve with the settings, and what solvers need."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_implicit.checks.findings import CheckReport
+from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.hypergradients.settings import SolverSettings
+from tune_implicit.hypergradients.solvers.minres import Minres
+from tune_implicit.hypergradients.solvers.solution import Solver, Status
+from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum
+from tune_implicit.hypergradients.vectors import flatten, norm_of
+
+__all__ = ["look_at_curvature"]
+
+_LANCZOS_STEPS = 30
+
+# Of the largest step size: just below it the series converges fastest.
+_FASTEST = 0.95
+
+_FAULTS = {
+    Status.DIVERGED: "diverging-step",
+    Status.NEGATIVE_CURVATURE: "negative-curvature",
+    Status.NON_FINITE: "non-finite",
+}
+
+# The k that are tried, the error asked for, and the seconds that this may take on a large model.
+_K_GRID = (1, 2, 4, 8, 16, 32, 64, 128)
+_ERROR = 0.01
+_EFFORT_S = 30
+
+
+def look_at_curvature(fixed: FixedProblem, report: CheckReport) -> None:
+    """Look at the spectrum, solve with the settings, and find the ``k`` that each solver needs."""
+    _spectrum(fixed, report)
+    _solve(fixed, report)
+    _effort(fixed, report)
+
+
+def _spectrum(fixed: FixedProblem, report: CheckReport) -> None:
+    """Estimate the ends of the Hessian's spectrum, and the step sizes they allow."""
+    start = random_direction(flatten([param.detach() for param in fixed.ll_params()]))
+    with fixed.second_order() as second:
+        ends = spectrum(second.hvp, start, _LANCZOS_STEPS)
+    report.figures.update(lambda_min=ends.lambda_min, lambda_max=ends.lambda_max)
+    if not math.isfinite(ends.lambda_max):
+        report.stop("non-finite", "The Hessian of `ll_objective` is not finite at the trained weights.")
+    if ends.lambda_max <= 0 or -ends.lambda_min > ends.lambda_max:
+        report.fault(
+            "wrong-sign",
+            f"The ll Hessian's eigenvalues lie between {ends.lambda_min:.3g} and {ends.lambda_max:.3g}: training "
+            "goes towards a maximum. Has `ll_objective` the wrong sign?",
+        )
+        return
+    largest = 2 / ends.bound
+    report.figures["largest_step_size"] = largest
+    report.ok(
+        "curvature",
+        f"eigenvalues of the ll Hessian between {ends.lambda_min:.3g} and {ends.lambda_max:.3g}; the Neumann series "
+        f"needs a step size (`ll_learning_rate`) below {largest:.3g}, and is fastest near {_FASTEST * largest:.3g}",
+    )
+
+
+def _solve(fixed: FixedProblem, report: CheckReport) -> None:
+    """Solve once with the settings."""
+    settings, (data, target) = fixed.settings, fixed.train
+    implicit = fixed.problem.implicit(**settings.of_a_solve | {"warm_start": False})
+    result = implicit.compute_gradients(*fixed.validate, train_data=data, train_target=target)
+    fixed.problem.ul_model.zero_grad()
+    told = f"{settings.solver}, k={settings.k}: {result.status.value}"
+    if result.status.failed:
+        report.fault(_FAULTS.get(result.status, "solver"), f"{told}. {result.reason}")
+    else:
+        report.ok("solver", f"{told}, relative residual {result.relative_residual:.2g}")
+
+
+def _effort(fixed: FixedProblem, report: CheckReport) -> None:
+    """Tell the least ``k`` of each solver."""
+    ways: dict[str, dict[str, Any]] = {name: {"solver": name} for name in ("cg", "minres")}
+    ways["neumann"] = {"solver": "neumann", "step_size": fixed.settings.ll_learning_rate}
+    if "largest_step_size" in report.figures:
+        ways["neumann_auto"] = {"solver": "neumann", "step_size": _FASTEST * report.figures["largest_step_size"]}
+    solvers = {
+        name: {k: SolverSettings(k=k, tolerance=0.0, **way).make_solver() for k in _K_GRID}
+        for name, way in ways.items()
+    }
+    needed = _least_k(fixed, solvers)
+    report.figures.update({f"k_{name}": k for name, k in needed.items()})
+    if not needed and not report.faults:
+        report.warn(
+            "effort",
+            "The system is so ill-conditioned that MINRES did not solve it: every hypergradient here is a truncated "
+            "one. A penalty on all ll weights, or `damping`, makes it solvable.",
+        )
+    if needed:
+        words = {math.inf: f"not by {_K_GRID[-1]}"}
+        told = [f"{name} {'not measured' if math.isnan(k) else words.get(k, k)}" for name, k in needed.items()]
+        report.ok("effort", f"k for 1% error of the implicit term, on these batches: {', '.join(told)}")
+
+
+def _least_k(fixed: FixedProblem, solvers: Mapping[str, Mapping[int, Solver]]) -> dict[str, float]:
+    """Return by name the least ``k`` with which the implicit term is within 1% of MINRES's.
+
+    It is infinity where none is, NaN where there was no time to find out; the dict is empty where there is nothing to
+    compare with, as MINRES did not get there either.
+    """
+    deadline, damping = time.perf_counter() + _EFFORT_S, fixed.settings.damping
+    ll_params, ul_params = fixed.ll_params(), list(fixed.ul_params().values())
+    b = fixed.gradient("ul", ll_params)
+
+    def implicit_term(v: Tensor) -> Tensor:
+        with fixed.second_order() as other:
+            terms = other.mixed_vjp(v, ul_params)
+        return flatten([torch.zeros_like(value) if t is None else t for t, value in zip(terms, ul_params, strict=True)])
+
+    with fixed.second_order() as second:
+
+        def hvp(v: Tensor) -> Tensor:
+            return torch.add(second.hvp(v), v, alpha=damping)
+
+        reference = Minres(4 * _K_GRID[-1], rtol=_ERROR**2).solve(hvp, b)
+        expected = implicit_term(reference.v)
+        allowed = _ERROR * norm_of([expected]).item()
+        if reference.status is not Status.CONVERGED or allowed == 0:
+            return {}
+
+        def first_exact(by_k: Mapping[int, Solver]) -> float:
+            for k, solver in by_k.items():
+                if time.perf_counter() > deadline:
+                    return math.nan
+                solution = solver.solve(hvp, b)
+                if solution.status.failed:
+                    break
+                if norm_of([implicit_term(solution.v) - expected]).item() <= allowed:
+                    return k
+            return math.inf
+
+        return {name: first_exact(by_k) for name, by_k in solvers.items()}

@@ -1,0 +1,253 @@
+"""A look at training: whether it gets to a minimum, and to one at which the ll loss is smooth."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tune_implicit.checks.findings import CheckReport
+from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.errors import DivergedError
+from tune_implicit.hypergradients.solvers.minres import Minres
+from tune_implicit.hypergradients.state import State
+from tune_implicit.hypergradients.vectors import norm_of, unflatten
+from tune_implicit.trials.evaluation import evaluate
+from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.trials.trainer import BilevelTrainer
+
+__all__ = ["look_at_training"]
+
+_TRAINING_STEPS = 1000
+_BATCHES = 10
+_DRAWS = 4
+
+# Of the gradient that training started from, and of the ll loss that a Newton step would still take off.
+_TRAINED = 0.3
+_LEFT = 0.05
+
+# Of the ul loss before training, by which more than noise has raised it.
+_ROSE = 0.01
+
+# Standard errors over batches, and the relative stationarity, above which a gradient is one.
+_SURE = 3.0
+_STATIONARY = 1e-3
+
+# Of a gradient, what more training leaves of it where it does not take it away; and of what training took off the loss
+# before, what more of it takes off where it follows the gradient.
+_TAKEN_AWAY = 0.7
+_FOLLOWED = 0.02
+
+# Of what the gradient and the curvature promise: a step along the gradient of a smooth loss takes off most of it.
+_KEPT = 0.3
+
+
+def look_at_training(fixed: FixedProblem, report: CheckReport) -> None:
+    """Train the ll model as a trial would, the ul values fixed, and look at where it gets to; it stays there."""
+    settings = fixed.settings
+    steps = min(_TRAINING_STEPS, settings.warmup_ll_steps + settings.ll_steps * settings.ul_steps)
+    _modes(fixed, report)
+    before = _MeanGradient(fixed)
+    ul_before, ll_before = fixed.value("ul"), fixed.value("ll")
+    start = time.perf_counter()
+    _train(fixed, steps, report)
+    report.figures["ll_step_s"] = (time.perf_counter() - start) / max(steps, 1)
+    after = _MeanGradient(fixed)
+    report.figures["stationarity"] = after.norm
+    ul_after, ll_after = fixed.value("ul"), fixed.value("ll")
+    if not (math.isfinite(ul_after) and math.isfinite(ll_after)):
+        report.stop("non-finite", f"After {steps} ll steps the ul loss is {ul_after}, the ll loss {ll_after}.")
+    if steps:
+        _minimum(fixed, before, after, steps, report)
+    _signs((ul_before, ul_after), (ll_before, ll_after), report)
+    report.ok(
+        "training", f"{steps} ll steps: ll loss {ll_after:.4g}, ||df/dw|| from {before.norm:.2g} to {after.norm:.2g}"
+    )
+    _metrics(fixed, report)
+
+
+def _train(fixed: FixedProblem, steps: int, report: CheckReport) -> None:
+    trainer = BilevelTrainer(fixed.problem, replace(fixed.settings, ul_learning_rate=0.0))
+    try:
+        trainer.train_ll(steps)
+    except DivergedError as error:
+        report.stop("training-diverges", str(error))
+
+
+class _MeanGradient:
+    """The ll loss and its gradient, means over the first batches of the training data."""
+
+    def __init__(self, fixed: FixedProblem) -> None:
+        params = fixed.ll_params()
+        batches = list(islice(batches_of("train_data", fixed.problem.train_data), _BATCHES))
+        # One batch has no spread, but what an objective draws has one, too.
+        batches = batches if len(batches) > 1 else batches * _DRAWS
+        self._each = [(replace(fixed, draw=i), move(batch, params[0].device)) for i, batch in enumerate(batches)]
+        each = [drawn.gradient("ll", params, batch) for drawn, batch in self._each]
+        self.vector = torch.stack(each).mean(0)
+        self.norm = norm_of([self.vector]).item()
+        spread = math.fsum(norm_of([one - self.vector]).item() ** 2 for one in each)
+        self.error = math.sqrt(spread / max(1, len(each) * (len(each) - 1)))  # the standard error of the mean
+        self.loss = self.loss_now()
+
+    def loss_now(self) -> float:
+        """Return the mean ll loss over the same batches at the weights as they are."""
+        return math.fsum(drawn.value("ll", batch) for drawn, batch in self._each) / len(self._each)
+
+
+def _minimum(fixed: FixedProblem, before: _MeanGradient, after: _MeanGradient, steps: int, report: CheckReport) -> None:
+    """Look at whether training gets to a minimum, and to one at which the ll loss is smooth."""
+    told = f"After {steps} ll steps ||df/dw|| is {after.norm:.2g}"
+    if _is_stuck(fixed, before, after, steps, report):
+        kept = _kept_promise(fixed, after)
+        if kept < _KEPT:
+            report.fault(
+                "not-smooth",
+                f"{told}, but a step along it takes {max(kept, 0):.0%} off the ll loss of what it does off a smooth "
+                "one: the ll solution is at a kink, as that of an L1 penalty or a hinge, where the hypergradient's "
+                "formula does not hold. Smooth it, e.g. by sqrt(w^2 + epsilon).",
+            )
+        else:
+            report.warn(
+                "not-smooth",
+                f"{told} and stays so, where the hypergradient's formula takes 0. Is there a constraint on the "
+                "weights, such as a projection after each step, or is `ll_learning_rate` too large for them to settle?",
+            )
+    elif after.norm > _TRAINED * before.norm and _still_to_gain(fixed) > _LEFT:
+        report.fault(
+            "not-at-minimum",
+            f"{told}, {after.norm / before.norm:.0%} of what it was before them: the hypergradient assumes 0. Take "
+            "more `ll_steps` or `warmup_ll_steps`, or another `ll_learning_rate`.",
+        )
+
+
+def _is_stuck(
+    fixed: FixedProblem, before: _MeanGradient, after: _MeanGradient, steps: int, report: CheckReport
+) -> bool:
+    """Return whether there is a gradient that as many more ll steps neither take away nor follow."""
+    scale = _curvature_along(fixed, after.vector) * norm_of([param.detach() for param in fixed.ll_params()]).item()
+    if after.norm <= max(_SURE * after.error, _STATIONARY * abs(scale)):
+        return False
+    model = fixed.problem.ll_model
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    _train(fixed, steps, report)
+    later = _MeanGradient(fixed)
+    model.load_state_dict(trained)
+    followed = after.loss - later.loss > _FOLLOWED * abs(before.loss - after.loss)
+    return not followed and later.norm > max(_TAKEN_AWAY * after.norm, _SURE * later.error)
+
+
+def _curvature_along(fixed: FixedProblem, direction: Tensor) -> float:
+    """Return ``d'Hd / d'd`` on the first batch."""
+    with fixed.second_order() as second:
+        image = second.hvp(direction)
+    return (direction @ image).item() / max((direction @ direction).item(), 1e-300)
+
+
+def _still_to_gain(fixed: FixedProblem) -> float:
+    """Return what a Newton step would take off the ll loss on the first batch, as a part of it."""
+    gradient = fixed.gradient("ll", fixed.ll_params())
+    with fixed.second_order() as second:
+        solution = Minres(50, rtol=1e-3).solve(second.hvp, gradient)
+    return abs((gradient @ solution.v).item()) / 2 / max(abs(fixed.value("ll")), 1e-12)
+
+
+def _kept_promise(fixed: FixedProblem, gradient: _MeanGradient) -> float:
+    """Return what the best step along the gradient takes off the loss, in units of what its derivatives promise."""
+    params, curvature = fixed.ll_params(), _curvature_along(fixed, gradient.vector)
+    if not curvature > 0:
+        return 1.0
+    best = -math.inf
+    for part in (1.0, 0.1):
+        length = part / curvature
+        _shift(params, gradient.vector, -length)
+        taken = gradient.loss - gradient.loss_now()
+        _shift(params, gradient.vector, length)
+        best = max(best, taken / (gradient.norm**2 * length * (1 - part / 2)))
+    return best
+
+
+def _shift(params: list[nn.Parameter], direction: Tensor, by: float) -> None:
+    with torch.no_grad():
+        for param, piece in zip(params, unflatten(direction, params), strict=True):
+            param.add_(piece, alpha=by)
+
+
+def _modes(fixed: FixedProblem, report: CheckReport) -> None:
+    """Compare the modes in which modules are run in two ll steps with those of the Hessian's pass."""
+    seen: list[dict[str, bool]] = []
+    problem = replace(fixed.problem, ll_objective=_watched(fixed.problem.ll_objective, seen))
+    trained = {name: value.clone() for name, value in problem.ll_model.state_dict().items()}
+    modes = [(module, module.training) for module in problem.ll_model.modules()]
+    BilevelTrainer(problem, replace(fixed.settings, warmup_ll_steps=0, ul_learning_rate=0.0)).train_ll(2)
+    (train_data, train_target), (data, target) = fixed.train, fixed.validate
+    one = problem.implicit(**fixed.settings.of_a_solve | {"solver": "neumann", "k": 0, "stop": "tolerance"})
+    one.compute_gradients(data, target, train_data=train_data, train_target=train_target)
+    problem.ul_model.zero_grad()
+    problem.ll_model.load_state_dict(trained)
+    for module, mode in modes:
+        module.training = mode
+    first, *others = seen
+    changed = sorted({name for other in others for name, mode in other.items() if first.get(name, mode) != mode})
+    if changed:
+        report.fault(
+            "mode-leak",
+            f"`ll_objective` runs {', '.join(map(repr, changed))} in training mode at one time and in evaluation mode "
+            "at another: it leaves a mode changed, so that the Hessian is not that of the loss that is trained. Put "
+            "modes back, or set them where each pass begins.",
+        )
+
+
+def _watched(objective: Callable[[State], Tensor], seen: list[dict[str, bool]]) -> Callable[[State], Tensor]:
+    """Return ``objective``, which adds to ``seen`` at each call in which mode each ll module began to be run."""
+
+    def watched(state: State) -> Tensor:
+        modes: dict[str, bool] = {}
+
+        def remember(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any) -> None:
+                modes.setdefault(name, module.training)
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(remember(name)) for name, module in state.ll_model.named_modules()]
+        try:
+            return objective(state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            seen.append(modes)
+
+    return watched
+
+
+def _signs(ul_losses: tuple[float, float], ll_losses: tuple[float, float], report: CheckReport) -> None:
+    """Look at whether training raises the ul loss."""
+    (ul_before, ul_after), (ll_before, ll_after) = ul_losses, ll_losses
+    if not (ll_after < ll_before and ul_after > ul_before + _ROSE * abs(ul_before)):
+        return
+    seen = (
+        f"Training lowered the ll loss from {ll_before:.4g} to {ll_after:.4g} and raised the ul loss from "
+        f"{ul_before:.4g} to {ul_after:.4g}."
+    )
+    if ul_before < 0:
+        report.fault("wrong-sign", f"{seen} Has one of them the wrong sign? Both are minimised.")
+    else:
+        report.warn(
+            "wrong-sign",
+            f"{seen} Either the ll model overfits, which the ul values may mend, or one of them has the wrong sign: "
+            "both are minimised.",
+        )
+
+
+def _metrics(fixed: FixedProblem, report: CheckReport) -> None:
+    """Measure what trials are compared on, and the user's metrics."""
+    problem, name = fixed.problem, fixed.problem.selected_on
+    functions = {"select_loss": problem.ul_objective, **problem.metrics}
+    for metric, value in evaluate(problem, name, getattr(problem, name), functions).items():
+        if not math.isfinite(value):
+            report.fault("non-finite", f"`{metric}` is {value} on `{name}`: every trial would fail.")
