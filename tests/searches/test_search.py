@@ -24,7 +24,7 @@ from tune_implicit import (
     StorageError,
     load_search,
 )
-from tune_implicit.searches.outcome import INTERRUPTED
+from tune_implicit.searches.outcome import CUT_OFF
 from tune_implicit.searches.study import open_storage
 
 
@@ -155,7 +155,7 @@ def test_a_trial_left_running_by_a_kill_runs_again(output: Path, storage: str | 
     assert [trial.number for trial in resumed.trials] == [0, 2]
     assert {key: resumed.trials[1].config[key] for key in killed.params} == killed.params
     trial = study_in(output, storage).trials[1]
-    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, INTERRUPTED)
+    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, CUT_OFF.failure)
 
 
 def test_an_interrupted_trial_that_the_space_no_longer_has_is_not_run_again(output: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from tune_implicit import InvalidTypeError, InvalidValueError, StorageError
-from tune_implicit.searches.outcome import failure_of, write_config, write_outcome
+from tune_implicit.searches.outcome import Outcome, failure_of, write_config, write_outcome
 from tune_implicit.searches.space import check_space, suggest
 from tune_implicit.searches.study import direction_of, open_storage
 
@@ -121,7 +122,7 @@ def test_why_a_record_has_no_value() -> None:
 def test_an_outcome_is_what_json_can_hold() -> None:
     trial = ask()
     record = {"loss": 0.5, "nan": math.nan, "inf": math.inf, "nested": {"a": 1}, "status": "cg", "k": 3, "done": True}
-    write_outcome(trial, record, "diverged")
+    write_outcome(trial, record, Outcome(TrialState.FAIL, "diverged"))
     assert trial.user_attrs == {
         "metrics": {"loss": 0.5, "status": "cg", "k": 3, "done": True},
         "failure": "diverged",

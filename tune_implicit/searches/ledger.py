@@ -11,17 +11,11 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_implicit.searches.outcome import CHECKPOINT_ATTR, CONFIG_ATTR, FAILURE_ATTR, METRICS_ATTR, RAY_TRIAL_ATTR
+from tune_implicit.searches.outcome import CONFIG_ATTR, FAILURE_ATTR, METRICS_ATTR, is_interrupted
 from tune_implicit.searches.results import Summary, append_trials, earlier_seconds, read_trials
-from tune_implicit.searches.study import interrupted
-from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
 from tune_implicit.trials.config import merged
 
-__all__ = ["ARTIFACTS", "RAY_FOLDER", "Ledger", "Progress"]
-
-# Where the engines put checkpoints, below the folder.
-ARTIFACTS = "artifacts"
-RAY_FOLDER = "ray"
+__all__ = ["Ledger", "Progress"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,7 @@ class Ledger:
         n_trials: int,
         time_budget_s: float | None,
         on_progress: Callable[[Progress], object] | None,
+        saved_at: Callable[[FrozenTrial], str | None],
     ) -> None:
         self._study = study
         self._folder = folder
@@ -63,6 +58,7 @@ class Ledger:
         self._n_trials = n_trials
         self._time_budget_s = time_budget_s
         self._on_progress = on_progress
+        self._saved_at = saved_at
         self._start = time.monotonic()
         self._earlier_s = earlier_seconds(folder)
         self._written = {trial.number for trial in read_trials(folder)}
@@ -85,7 +81,7 @@ class Ledger:
         if not new:
             return
         start = min(trial.datetime_start for trial in finished if trial.datetime_start is not None)
-        append_trials(self._folder, [_row(trial, self._settings, start) for trial in new])
+        append_trials(self._folder, [self._row(trial, start) for trial in new])
         self._written |= {trial.number for trial in new}
         if self._on_progress is not None:
             self._on_progress(self._progress(finished))
@@ -109,25 +105,19 @@ class Ledger:
 
     def _finished(self) -> list[FrozenTrial]:
         trials = self._study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state.is_finished() and not interrupted(trial)]
+        return [trial for trial in trials if trial.state.is_finished() and not is_interrupted(trial)]
 
-
-def _row(trial: FrozenTrial, settings: Mapping[str, Any], start: datetime) -> dict[str, Any]:
-    """Return the fields of the trial's :class:`TrialResult`."""
-    attrs = trial.user_attrs
-    checkpoint = None
-    if CHECKPOINT_ATTR in attrs:
-        checkpoint = f"{ARTIFACTS}/{attrs[CHECKPOINT_ATTR]}"
-    elif RAY_TRIAL_ATTR in attrs:
-        checkpoint = f"{RAY_FOLDER}/*_{attrs[RAY_TRIAL_ATTR]}_*/checkpoint_*/{CHECKPOINT_FILE}"
-    return {
-        "number": trial.number,
-        "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state, "failed"),
-        "value": trial.value if trial.state is not TrialState.FAIL else None,
-        "config": merged(settings, attrs.get(CONFIG_ATTR, trial.params)),
-        "metrics": attrs.get(METRICS_ATTR, {}),
-        "failure": attrs.get(FAILURE_ATTR),
-        "started_s": (trial.datetime_start - start).total_seconds() if trial.datetime_start else 0.0,
-        "ended_s": (trial.datetime_complete - start).total_seconds() if trial.datetime_complete else 0.0,
-        "checkpoint": checkpoint,
-    }
+    def _row(self, trial: FrozenTrial, start: datetime) -> dict[str, Any]:
+        """Return the fields of the trial's :class:`TrialResult`."""
+        attrs, began, ended = trial.user_attrs, trial.datetime_start, trial.datetime_complete
+        return {
+            "number": trial.number,
+            "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state, "failed"),
+            "value": trial.value if trial.state is not TrialState.FAIL else None,
+            "config": merged(self._settings, attrs.get(CONFIG_ATTR, trial.params)),
+            "metrics": attrs.get(METRICS_ATTR, {}),
+            "failure": attrs.get(FAILURE_ATTR),
+            "started_s": (began - start).total_seconds() if began else 0.0,
+            "ended_s": (ended - start).total_seconds() if ended else 0.0,
+            "checkpoint": self._saved_at(trial),
+        }

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.searches.results import number_or_text
@@ -14,32 +16,62 @@ from tune_implicit.trials.record import Record
 __all__ = [
     "CHECKPOINT_ATTR",
     "CONFIG_ATTR",
+    "CUT_OFF",
     "FAILURE_ATTR",
-    "INTERRUPTED",
     "METRICS_ATTR",
     "RAY_TRIAL_ATTR",
+    "Outcome",
     "failure_of",
+    "is_interrupted",
+    "outcome_of",
     "write_config",
+    "write_failure",
     "write_outcome",
 ]
 
-# The user attributes of a trial in its study: its last record; why it failed; its config, where that is not its params;
-# the artifact, or the trial of Ray's, that holds its checkpoint.
+# The user attributes of a trial in its study: its last record; why it failed; whether it was cut off; its config, where
+# that is not its params; the artifact, or the trial of Ray's, that holds its checkpoint.
 METRICS_ATTR = "metrics"
 FAILURE_ATTR = "failure"
+INTERRUPTED_ATTR = "interrupted"
 CONFIG_ATTR = "config"
 CHECKPOINT_ATTR = "checkpoint"
 RAY_TRIAL_ATTR = "ray_trial_id"
 
-# How the failure begins of a trial that neither ended nor was ended by a decision about it: a resumed search runs it
-# again.
-INTERRUPTED = "The search ended before the trial did."
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Parameters
+    ----------
+    state : TrialState
+        COMPLETE, PRUNED or FAIL.
+    failure : str, optional
+        Why it failed.
+    interrupted : bool
+        Whether it neither ended nor was ended by a decision about it: a resumed search runs it again.
+    """
+
+    state: TrialState
+    failure: str | None = None
+    interrupted: bool = False
 
 
-def write_config(trial: optuna.Trial, config: dict[str, Any]) -> None:
-    """Write the config of a trial into its study where it is not its params, in what JSON can hold."""
-    if config != trial.params:
-        trial.set_user_attr(CONFIG_ATTR, json.loads(json.dumps(config, default=number_or_text)))
+CUT_OFF = Outcome(TrialState.FAIL, "The search ended before the trial did.", interrupted=True)
+
+
+def outcome_of(record: Record, metric: str) -> Outcome:
+    """Return how a trial ended that ran to its last record, or to a decision to stop it there.
+
+    Raises
+    ------
+    InvalidValueError
+        If the record has no such number as ``metric``.
+    """
+    if failure := failure_of(record, metric):
+        return Outcome(TrialState.FAIL, failure)
+    return Outcome(TrialState.COMPLETE if record.get("completed", True) else TrialState.PRUNED)
 
 
 def failure_of(record: Record, metric: str) -> str | None:
@@ -60,8 +92,14 @@ def failure_of(record: Record, metric: str) -> str | None:
     return None if math.isfinite(record[metric]) else f"`{metric}` became {record[metric]}."
 
 
-def write_outcome(trial: optuna.Trial, record: Record, failure: str | None) -> None:
-    """Write a trial's last record, and why it failed if it did, into its study, before the trial is told.
+def write_config(trial: optuna.Trial, config: dict[str, Any]) -> None:
+    """Write the config of a trial into its study where it is not its params, in what JSON can hold."""
+    if config != trial.params:
+        trial.set_user_attr(CONFIG_ATTR, json.loads(json.dumps(config, default=number_or_text)))
+
+
+def write_outcome(trial: optuna.Trial, record: Record, outcome: Outcome) -> None:
+    """Write a trial's last record and how it ended into its study, before the trial is told.
 
     What JSON cannot hold, such as an engine's own objects and numbers that are not finite, is left out.
     """
@@ -71,5 +109,18 @@ def write_outcome(trial: optuna.Trial, record: Record, failure: str | None) -> N
         if isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
     }
     trial.set_user_attr(METRICS_ATTR, plain)
-    if failure is not None:
-        trial.set_user_attr(FAILURE_ATTR, failure)
+    write_failure(trial, outcome)
+
+
+def write_failure(trial: optuna.Trial, outcome: Outcome) -> None:
+    """Write why a trial failed into its study, where it did."""
+    if outcome.failure is not None:
+        trial.set_user_attr(FAILURE_ATTR, outcome.failure)
+    if outcome.interrupted:
+        trial.set_user_attr(INTERRUPTED_ATTR, True)
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Return whether a trial was cut off; studies of version 0.2 say so by how the failure begins."""
+    said = str(trial.user_attrs.get(FAILURE_ATTR)).startswith(str(CUT_OFF.failure))
+    return trial.state is TrialState.FAIL and bool(trial.user_attrs.get(INTERRUPTED_ATTR, said))

@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.searches.ledger import ARTIFACTS, RAY_FOLDER, Ledger, Progress
+from tune_implicit.searches.engines import optuna_study
+from tune_implicit.searches.engines.base import Engine, Work
+from tune_implicit.searches.engines.optuna_study import OptunaEngine
+from tune_implicit.searches.engines.ray_tune import folder as ray_folder
+from tune_implicit.searches.ledger import Ledger, Progress
 from tune_implicit.searches.quiet import quiet_optuna
 from tune_implicit.searches.results import SearchResult
 from tune_implicit.searches.space import Space, check_space
@@ -22,7 +25,7 @@ from tune_implicit.trials.config import merged
 from tune_implicit.trials.trial import ProblemFactory
 
 if TYPE_CHECKING:
-    from tune_implicit.searches.engines.ray_tune.tuner import TrialScheduler
+    from tune_implicit.searches.engines.ray_tune.tuner import Scheduler
 
 __all__ = ["BACKENDS", "search"]
 
@@ -46,7 +49,7 @@ def search(
     seed: int | None = None,
     sampler: BaseSampler | None = None,
     pruner: BasePruner | None = None,
-    scheduler: "TrialScheduler | None" = None,
+    scheduler: "Scheduler | None" = None,
     max_concurrent_trials: int | None = None,
     cpus_per_trial: float = 1,
     gpus_per_trial: float = 0,
@@ -121,23 +124,18 @@ def search(
         # A resumed search must not propose its first trials again.
         study.sampler = sampler or TPESampler(seed=None if seed is None else seed + len(study.trials))
         study.pruner = pruner or optuna.pruners.NopPruner()
-        ledger = Ledger(study, folder, settings, n_trials, time_budget_s, on_progress)
-        engine: Callable[..., None] = _run_on_optuna
-        if backend == "ray":
-            engine = partial(
-                _run_on_ray,
-                mode=mode,
-                scheduler=scheduler,
-                max_concurrent_trials=max_concurrent_trials,
-                cpus_per_trial=cpus_per_trial,
-                gpus_per_trial=gpus_per_trial,
-            )
+        ledger = Ledger(study, folder, settings, n_trials, time_budget_s, on_progress, _saved_at)
+        work = Work(problem, space, data, settings, metric, mode, folder)
         # A search that is killed leaves this one, and a report can be made of it.
         SearchResult.write(folder, ledger.summary(backend, metric, mode))
-        run = partial(engine, study, problem, space, folder, data=data, settings=settings, metric=metric)
         try:
             if ledger.missing:
-                run(n_trials=ledger.missing, time_budget_s=time_budget_s, on_trial_end=ledger.update)
+                engine: Engine = OptunaEngine(work)
+                if backend == "ray":
+                    from tune_implicit.searches.engines.ray_tune.tuner import RayEngine
+
+                    engine = RayEngine(work, scheduler, max_concurrent_trials, cpus_per_trial, gpus_per_trial)
+                engine.run(study, ledger.missing, time_budget_s, ledger.update)
         except KeyboardInterrupt:
             pass
         finally:
@@ -146,12 +144,17 @@ def search(
     return SearchResult.write(folder, ledger.summary(backend, metric, mode))
 
 
+def _saved_at(trial: FrozenTrial) -> str | None:
+    """Return where a trial was saved, by whichever engine has run it."""
+    return optuna_study.saved_at(trial) or ray_folder.saved_at(trial)
+
+
 def _check(
     backend: str,
     n_trials: int,
     time_budget_s: float | None,
     pruner: BasePruner | None,
-    scheduler: "TrialScheduler | None",
+    scheduler: "Scheduler | None",
 ) -> None:
     if backend not in BACKENDS:
         raise InvalidValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
@@ -163,44 +166,3 @@ def _check(
         raise InvalidValueError('`pruner` is for backend="optuna": Ray Tune stops trials by a `scheduler`.')
     if backend == "optuna" and scheduler is not None:
         raise InvalidValueError('`scheduler` is for backend="ray": Optuna stops trials by a `pruner`.')
-
-
-def _run_on_ray(
-    study: optuna.Study,
-    problem: ProblemFactory,
-    space: Space,
-    folder: Path,
-    *,
-    metric: str,
-    mode: str,
-    **arguments: Any,
-) -> None:
-    from tune_implicit.searches.engines.ray_tune.tuner import PatientSearch, run_tuner
-
-    searcher = PatientSearch(
-        space, metric, mode, storage=study._storage, study_name=study.study_name, sampler=study.sampler
-    )
-    run_tuner(problem, searcher, output=folder / RAY_FOLDER, **arguments)
-
-
-def _run_on_optuna(
-    study: optuna.Study,
-    problem: ProblemFactory,
-    space: Space,
-    folder: Path,
-    *,
-    n_trials: int,
-    time_budget_s: float | None,
-    on_trial_end: Callable[[], None],
-    **arguments: Any,
-) -> None:
-    from tune_implicit.searches.engines.optuna_study import ImplicitObjective
-
-    (folder / ARTIFACTS).mkdir(exist_ok=True)
-    store = FileSystemArtifactStore(folder / ARTIFACTS)
-    study.optimize(
-        ImplicitObjective(problem, space, artifact_store=store, **arguments),
-        n_trials=n_trials,
-        timeout=time_budget_s,
-        callbacks=[lambda _study, _trial: on_trial_end()],
-    )

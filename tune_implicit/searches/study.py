@@ -12,14 +12,15 @@ from optuna.distributions import check_distribution_compatibility
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from tune_implicit.errors import InvalidValueError, StorageError
-from tune_implicit.searches.outcome import FAILURE_ATTR, INTERRUPTED
+from tune_implicit.searches.borrowed import contains, end, running_trial
+from tune_implicit.searches.outcome import CUT_OFF, is_interrupted, write_failure
 from tune_implicit.searches.results import number_or_text, read_trials
 from tune_implicit.searches.space import Space
 
-__all__ = ["direction_of", "end_running", "interrupted", "open_storage", "open_study", "queue_interrupted"]
+__all__ = ["direction_of", "end_running", "open_storage", "open_study", "queue_interrupted"]
 
 JOURNAL_FILE = "study.journal"
 
@@ -167,7 +168,7 @@ def _drop_if_nothing_finished(storage: BaseStorage, name: str, folder: Path) -> 
         If the study holds more than that, or may still be running.
     """
     trials = optuna.load_study(storage=storage, study_name=name).trials
-    if not all(interrupted(trial) or trial.state is TrialState.WAITING for trial in trials):
+    if not all(is_interrupted(trial) or trial.state is TrialState.WAITING for trial in trials):
         raise InvalidValueError(
             f"`output` {str(folder)!r} already holds a search, or `storage` one of the name {name!r}. Pass resume=True "
             "(--resume) to go on with it, or another folder."
@@ -178,9 +179,9 @@ def _drop_if_nothing_finished(storage: BaseStorage, name: str, folder: Path) -> 
 def end_running(study: optuna.Study) -> None:
     """Record the trials that still run as interrupted."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        optuna.Trial(study, trial._trial_id).set_user_attr(FAILURE_ATTR, INTERRUPTED)
-        # Not by `study.tell`, which asks the sampler as well, as if the trial had run to an end.
-        study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        running = running_trial(study, trial)
+        write_failure(running, CUT_OFF)
+        end(study, running, CUT_OFF.state)
 
 
 def queue_interrupted(study: optuna.Study, space: Space) -> None:
@@ -189,7 +190,7 @@ def queue_interrupted(study: optuna.Study, space: Space) -> None:
     trials = study.trials
     rerun = {trial.user_attrs.get(RERUN_ATTR) for trial in trials}
     for trial in trials:
-        if interrupted(trial) and trial.number not in rerun and trial.params and _fits(trial.params, space):
+        if is_interrupted(trial) and trial.number not in rerun and trial.params and _fits(trial.params, space):
             study.enqueue_trial(trial.params, user_attrs={RERUN_ATTR: trial.number})
 
 
@@ -198,12 +199,7 @@ def _fits(params: Mapping[str, Any], space: Space) -> bool:
         return True
     try:
         return set(params) == set(space) and all(
-            distribution._contains(distribution.to_internal_repr(params[name])) for name, distribution in space.items()
+            contains(distribution, params[name]) for name, distribution in space.items()
         )
     except ValueError:  # it is of another type
         return False
-
-
-def interrupted(trial: FrozenTrial) -> bool:
-    """Return whether the trial neither ended nor was ended by a decision about it."""
-    return trial.state is TrialState.FAIL and str(trial.user_attrs.get(FAILURE_ATTR)).startswith(INTERRUPTED)

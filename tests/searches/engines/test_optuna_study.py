@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tests.support import toy
 from tests.support.toy import PruneAt
 from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError
-from tune_implicit.searches.outcome import INTERRUPTED
+from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,8 @@ def test_ctrl_c_anywhere_in_a_trial_leaves_it_marked_as_interrupted(place: str) 
     with pytest.raises(KeyboardInterrupt):
         run_one(objective(space, problem=problem), study)
     assert study.trials[0].state is TrialState.FAIL
-    assert study.trials[0].user_attrs["failure"] == INTERRUPTED
+    assert study.trials[0].user_attrs["failure"] == CUT_OFF.failure
+    assert is_interrupted(study.trials[0])
 
 
 def test_no_number_in_a_study_is_nan(tmp_path: Path) -> None:

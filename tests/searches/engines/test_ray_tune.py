@@ -25,7 +25,7 @@ from tune_implicit import (
     StorageError,
     search,
 )
-from tune_implicit.searches.outcome import INTERRUPTED
+from tune_implicit.searches.outcome import CUT_OFF
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -99,8 +99,8 @@ def test_a_stopped_trial_is_pruned_at_its_last_value() -> None:
         ({"result": result(select_loss=math.inf, failure="The ll loss became nan.")}, "The ll loss became nan"),
         ({"error": True}, "see Ray Tune's folder of trial a"),
         ({"result": result(), "error": True}, "see Ray Tune's folder of trial a"),
-        ({"result": result()}, INTERRUPTED),
-        ({}, INTERRUPTED),
+        ({"result": result()}, CUT_OFF.failure),
+        ({}, CUT_OFF.failure),
     ],
 )
 def test_a_trial_without_a_value_fails_with_its_reason(end: dict[str, Any], reason: str) -> None:

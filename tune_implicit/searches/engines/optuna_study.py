@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.artifacts import download_artifact, get_all_artifact_meta, upload_artifact
+from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta, upload_artifact
+from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.hypergradients.rng import preserved_rng
+from tune_implicit.searches.engines.base import Work
 from tune_implicit.searches.outcome import (
     CHECKPOINT_ATTR,
-    FAILURE_ATTR,
-    INTERRUPTED,
+    CUT_OFF,
+    Outcome,
     failure_of,
+    outcome_of,
     write_config,
+    write_failure,
     write_outcome,
 )
 from tune_implicit.searches.space import Space, check_space, suggest
@@ -31,7 +36,16 @@ from tune_implicit.trials.trial import TRIAL_FAILURES, ProblemFactory, Trial, ru
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-__all__ = ["ImplicitObjective"]
+__all__ = ["ImplicitObjective", "OptunaEngine", "saved_at"]
+
+# Where a search saves its trials, in its folder.
+FOLDER = "artifacts"
+
+
+def saved_at(trial: FrozenTrial) -> str | None:
+    """Return the file that a trial was saved to, below the search's folder; ``None`` for another engine's."""
+    artifact = trial.user_attrs.get(CHECKPOINT_ATTR)
+    return None if artifact is None else f"{FOLDER}/{artifact}"
 
 
 class ImplicitObjective:
@@ -109,21 +123,21 @@ class ImplicitObjective:
             config = suggest(optuna_trial, self.space)
             write_config(optuna_trial, config)
             with preserved_rng():
-                record, failure = self._run(merged(self.settings, config), optuna_trial)
-            write_outcome(optuna_trial, record, failure)
+                record, outcome = self._run(merged(self.settings, config), optuna_trial)
+            write_outcome(optuna_trial, record, outcome)
         except BaseException as error:
             # Ctrl-C or a mistake: the trial ends with the search, and not by its own numbers.
             raised = "" if isinstance(error, KeyboardInterrupt) else f" It raised {type(error).__name__}: {error}"
-            optuna_trial.set_user_attr(FAILURE_ATTR, INTERRUPTED + raised)
+            write_failure(optuna_trial, replace(CUT_OFF, failure=f"{CUT_OFF.failure}{raised}"))
             raise
-        if failure is not None:
+        if outcome.state is TrialState.FAIL:
             return math.nan
-        if not record["completed"]:
+        if outcome.state is TrialState.PRUNED:
             raise optuna.TrialPruned(f"Pruned at ul step {record['ul_step']}.")
         return float(record[self.metric])
 
-    def _run(self, config: dict[str, Any], optuna_trial: optuna.Trial) -> tuple[Record, str | None]:
-        """Run and save the trial of ``config``, and return its last record and why it failed, if it did."""
+    def _run(self, config: dict[str, Any], optuna_trial: optuna.Trial) -> tuple[Record, Outcome]:
+        """Run and save the trial of ``config``, and return its last record and how it ended."""
         trial = Trial(self.problem, config, self.data)
         if trial.problem.selected_on != "select_data" and not self._warned:
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
@@ -131,11 +145,11 @@ class ImplicitObjective:
         self._resume(trial, optuna_trial)
         try:
             record = run_trial(trial, _StudyReporter(self, trial, optuna_trial))
-            failure = failure_of(record, self.metric)
         except TRIAL_FAILURES as error:
-            record, failure = trial.failure_record(str(error)), str(error)
+            record = trial.failure_record(str(error))
+        outcome = outcome_of(record, self.metric)
         self.save(trial, optuna_trial)
-        return record, failure
+        return record, outcome
 
     def save(self, trial: Trial, optuna_trial: optuna.Trial) -> None:
         """Put the trial into the artifact store, if there is one, in place of what was saved of it before."""
@@ -183,3 +197,34 @@ class _StudyReporter:
     def should_stop(self) -> bool:
         """Return whether the study's pruner ends the trial."""
         return self._optuna_trial.should_prune()
+
+
+@dataclass(frozen=True)
+class OptunaEngine:
+    """Run trials in this process, one after the other.
+
+    Parameters
+    ----------
+    work : Work
+        What the trials are made of.
+    """
+
+    work: Work
+
+    def run(
+        self, study: optuna.Study, n_trials: int, time_budget_s: float | None, on_trial_end: Callable[[], None]
+    ) -> None:
+        """Run ``n_trials`` trials more in ``study``; the one that runs when the time is over may finish."""
+        work, artifacts = self.work, self.work.folder / FOLDER
+        artifacts.mkdir(exist_ok=True)
+        objective = ImplicitObjective(
+            work.problem,
+            work.space,
+            work.data,
+            settings=work.settings,
+            metric=work.metric,
+            artifact_store=FileSystemArtifactStore(artifacts),
+        )
+        study.optimize(
+            objective, n_trials=n_trials, timeout=time_budget_s, callbacks=[lambda _study, _trial: on_trial_end()]
+        )

@@ -7,21 +7,27 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray import cloudpickle
-from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.searches.outcome import INTERRUPTED, RAY_TRIAL_ATTR, failure_of, write_config, write_outcome
+from tune_implicit.searches.borrowed import stored
+from tune_implicit.searches.engines.ray_tune.borrowed import RESULT_KEYS, completed_trials, study_of, trials_of
+from tune_implicit.searches.outcome import (
+    CUT_OFF,
+    RAY_TRIAL_ATTR,
+    Outcome,
+    failure_of,
+    outcome_of,
+    write_config,
+    write_outcome,
+)
 from tune_implicit.searches.space import Space, call_space, check_space
 from tune_implicit.searches.study import direction_of, open_storage
 from tune_implicit.trials.record import Record
 
 __all__ = ["ImplicitOptunaSearch"]
-
-# What Tune adds to every result, besides the config.
-TUNES_OWN = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, "done"}
 
 
 class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
@@ -89,8 +95,7 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     @property
     def study(self) -> optuna.Study:
         """The study behind the search."""
-        study: optuna.Study = self._ot_study
-        return study
+        return study_of(self)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Check that ``TuneConfig`` compares trials as this searcher does.
@@ -110,7 +115,7 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Return the config of the trial ``trial_id``."""
         config: dict[str, Any] | None = super().suggest(trial_id)
-        trial = self._ot_trials[trial_id]
+        trial = trials_of(self)[trial_id]
         trial.set_user_attr(RAY_TRIAL_ATTR, trial_id)
         if self._configs is not None and self._configs.returned is not None:
             config = self._configs.returned
@@ -119,64 +124,53 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
 
     def on_trial_result(self, trial_id: str, result: Record) -> None:
         """Report a running trial's value to the study, at its ul step."""
-        if trial_id not in self._completed_trials and failure_of(result, self.metric) is None:
+        if trial_id not in completed_trials(self) and failure_of(result, self.metric) is None:
             self._report(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: Record | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended."""
-        if trial_id in self._completed_trials:
+        if trial_id in completed_trials(self):
             return
-        self._completed_trials.add(trial_id)
-        trial = self._ot_trials[trial_id]
-        state, failure = self._end_of(trial, result, error)
+        completed_trials(self).add(trial_id)
+        trial = trials_of(self)[trial_id]
+        outcome = self._end_of(trial, result, error)
         record = {name: value for name, value in (result or {}).items() if not name.startswith("config/")}
-        write_outcome(trial, {name: value for name, value in record.items() if name not in TUNES_OWN}, failure)
-        if failure is None and result:
+        write_outcome(trial, {name: value for name, value in record.items() if name not in RESULT_KEYS}, outcome)
+        if outcome.failure is None and result:
             # Tune does not pass a trial's last result to `on_trial_result`.
             self._report(trial_id, result)
-        value = result[self.metric] if result and state is TrialState.COMPLETE else None
-        self._tell(trial, value, state)
+        value = result[self.metric] if result and outcome.state is TrialState.COMPLETE else None
+        self._tell(trial, value, outcome.state)
 
-    def _end_of(self, trial: optuna.Trial, result: Record | None, error: bool) -> tuple[TrialState, str | None]:
+    def _end_of(self, trial: optuna.Trial, result: Record | None, error: bool) -> Outcome:
         if error:
-            return (
+            ray_trial = trial.user_attrs.get(RAY_TRIAL_ATTR)
+            return Outcome(
                 TrialState.FAIL,
-                f"The trial raised an error or lost its worker: see Ray Tune's folder of {self._label(trial)}.",
+                f"The trial raised an error or lost its worker: see Ray Tune's folder of trial {ray_trial}.",
             )
         if result is None:
             # A paused trial that its scheduler gives up has no last result to hand over.
-            reported = self._stored(trial).intermediate_values
-            return (TrialState.PRUNED, None) if reported else (TrialState.FAIL, INTERRUPTED)
-        if failure := failure_of(result, self.metric):
-            return TrialState.FAIL, failure
-        if result.get("completed", True):
-            return TrialState.COMPLETE, None
+            return Outcome(TrialState.PRUNED) if stored(self.study, trial).intermediate_values else CUT_OFF
+        outcome = outcome_of(result, self.metric)
         # A scheduler's decision sets `done`; a search that ends under a running trial does not.
-        return (TrialState.PRUNED, None) if result.get("done") else (TrialState.FAIL, INTERRUPTED)
+        return CUT_OFF if outcome.state is TrialState.PRUNED and not result.get("done") else outcome
 
     def _report(self, trial_id: str, result: Record) -> None:
         step = int(result.get("ul_step") or result["training_iteration"])
         # A trial that lost its worker takes the steps since its last checkpoint once more.
         if step > self._last_steps.get(trial_id, -1):
-            self._ot_trials[trial_id].report(result[self.metric], step)
+            trials_of(self)[trial_id].report(result[self.metric], step)
             self._last_steps[trial_id] = step
 
     def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
         try:
-            self._ot_study.tell(trial, value, state=state)
+            self.study.tell(trial, value, state=state)
         except RuntimeError:
             # A sampler with no more to propose, such as GridSampler, stops the study, which Optuna allows inside
             # `optimize` alone; by then the trial is told.
-            if not self._stored(trial).state.is_finished():
+            if not stored(self.study, trial).state.is_finished():
                 raise
-
-    def _stored(self, trial: optuna.Trial) -> FrozenTrial:
-        stored: FrozenTrial = self._ot_study._storage.get_trial(trial._trial_id)
-        return stored
-
-    @staticmethod
-    def _label(trial: optuna.Trial) -> str:
-        return f"trial {trial.user_attrs.get(RAY_TRIAL_ATTR)}"
 
     def on_pause(self, trial_id: str) -> None:
         """Do nothing; schedulers that pause trials call it on every searcher."""

@@ -1,96 +1,117 @@
 """A whole search on Ray Tune: n trials of an ImplicitTrainable in one Tuner."""
 
-import logging
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray import cloudpickle, tune
-from ray.exceptions import RayActorError, RayTaskError
+import optuna
+from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 
-from tune_implicit.errors import InvalidValueError
+from tune_implicit.searches.borrowed import storage_of
+from tune_implicit.searches.engines.base import Work
+from tune_implicit.searches.engines.ray_tune.borrowed import raised_by
+from tune_implicit.searches.engines.ray_tune.cluster import connected, places
+from tune_implicit.searches.engines.ray_tune.folder import FOLDER
 from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
 from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
+from tune_implicit.searches.quiet import quiet_ray
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
-from tune_implicit.trials.trial import ProblemFactory
 
-__all__ = ["PatientSearch", "TrialScheduler", "run_tuner"]
+__all__ = ["RayEngine", "Scheduler"]
+
+Scheduler = TrialScheduler
 
 # How often a trial is started again after its worker or node died. What a trial itself raises ends the search.
 MAX_WORKER_FAILURES = 3
 
 
-def run_tuner(
-    problem: ProblemFactory,
-    searcher: "PatientSearch",
-    *,
-    data: Any,
-    settings: Mapping[str, Any],
-    n_trials: int,
-    output: Path,
-    time_budget_s: float | None,
-    scheduler: TrialScheduler | None,
-    max_concurrent_trials: int | None,
-    cpus_per_trial: float,
-    gpus_per_trial: float,
-    on_trial_end: Callable[[], None],
-) -> None:
-    """Run ``n_trials`` trials on the Ray cluster at hand, or on one started for this call on this machine.
+@dataclass(frozen=True)
+class RayEngine:
+    """Run trials on the Ray cluster at hand, or on one started for the run on this machine.
 
-    Parameters are those of :func:`tune_implicit.search`. Tune's own files go to ``output``.
-
-    Raises
-    ------
-    InvalidValueError
-        If a trial needs more than this machine has.
-    Exception
-        What a trial raised, if one did: a mistake in the problem or the space.
+    Parameters
+    ----------
+    work : Work
+        What the trials are made of.
+    scheduler : Ray Tune scheduler, optional
+        What stops trials.
+    max_concurrent_trials : int, optional
+        As many as fit by default.
+    cpus_per_trial, gpus_per_trial : float
+        What a trial occupies.
     """
-    watcher = _Watcher(on_trial_end, searcher)
-    with _quiet(), _ray(cpus_per_trial, gpus_per_trial):
-        trainable = tune.with_resources(
-            tune.with_parameters(ImplicitTrainable, problem=problem, data=data, mode=searcher.mode),
-            {"cpu": cpus_per_trial, "gpu": gpus_per_trial},
+
+    work: Work
+    scheduler: TrialScheduler | None = None
+    max_concurrent_trials: int | None = None
+    cpus_per_trial: float = 1
+    gpus_per_trial: float = 0
+
+    def run(
+        self, study: optuna.Study, n_trials: int, time_budget_s: float | None, on_trial_end: Callable[[], None]
+    ) -> None:
+        """Run ``n_trials`` trials more in ``study``; those that run when the time is over are ended.
+
+        Raises
+        ------
+        InvalidValueError
+            If a trial needs more than this machine has.
+        Exception
+            What a trial raised, if one did: a mistake in the problem or the space.
+        """
+        work = self.work
+        searcher = _PatientSearch(
+            work.space,
+            work.metric,
+            work.mode,
+            storage=storage_of(study),
+            study_name=study.study_name,
+            sampler=study.sampler,
         )
-        tuner = tune.Tuner(
-            trainable,
-            param_space=dict(settings),
+        watcher = _Watcher(on_trial_end, searcher)
+        with quiet_ray(), connected(self.cpus_per_trial, self.gpus_per_trial):
+            self._tuner(searcher, watcher, n_trials, time_budget_s).fit()
+        if isinstance(watcher.error, RayTaskError):
+            # As the trial raised it; the worker's traceback is what it comes from.
+            raise watcher.error.cause from watcher.error
+        if watcher.error is not None:
+            raise watcher.error
+
+    def _tuner(
+        self, searcher: "_PatientSearch", watcher: "_Watcher", n_trials: int, time_budget_s: float | None
+    ) -> tune.Tuner:
+        work, cpus, gpus = self.work, self.cpus_per_trial, self.gpus_per_trial
+        trainable = tune.with_parameters(ImplicitTrainable, problem=work.problem, data=work.data, mode=work.mode)
+        return tune.Tuner(
+            tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
+            param_space=dict(work.settings),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=scheduler,
+                scheduler=self.scheduler,
                 num_samples=n_trials,
-                metric=searcher.metric,
-                mode=searcher.mode,
+                metric=work.metric,
+                mode=work.mode,
                 time_budget_s=time_budget_s,
-                max_concurrent_trials=max_concurrent_trials or _places(cpus_per_trial, gpus_per_trial),
+                max_concurrent_trials=self.max_concurrent_trials or places(cpus, gpus),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=output.name,
-                storage_path=str(output.parent.absolute()),
+                name=FOLDER,
+                storage_path=str(work.folder.absolute()),
                 callbacks=[watcher],
                 stop=_StopWhen(watcher),
                 failure_config=tune.FailureConfig(max_failures=MAX_WORKER_FAILURES),
                 verbose=0,
             ),
         )
-        tuner.fit()
-    if isinstance(watcher.error, RayTaskError):
-        # As the trial raised it; the worker's traceback is what it comes from.
-        raise watcher.error.cause from watcher.error
-    if watcher.error is not None:
-        raise watcher.error
 
 
-class PatientSearch(ImplicitOptunaSearch):
+class _PatientSearch(ImplicitOptunaSearch):
     """A searcher that waits to be told what a trial's error was: Tune tells it only that there was one."""
 
     def on_trial_complete(self, trial_id: str, result: Record | None = None, error: bool = False) -> None:
@@ -106,7 +127,7 @@ class PatientSearch(ImplicitOptunaSearch):
 class _Watcher(tune.Callback):  # type: ignore[misc]
     """Hear of each trial's end, and of the first error that a trial itself raised."""
 
-    def __init__(self, on_trial_end: Callable[[], None], searcher: PatientSearch) -> None:
+    def __init__(self, on_trial_end: Callable[[], None], searcher: _PatientSearch) -> None:
         self._on_trial_end = on_trial_end
         self._searcher = searcher
         self._warned = False
@@ -121,23 +142,14 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Keep the error, or pass on that the trial lost its worker too often."""
-        self._keep_error(trial)
+        self.error = self.error or raised_by(trial)
         if self.error is None:
             self._searcher.on_worker_lost(trial.trial_id)
         self._on_trial_end()
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Keep the error: starting the trial again would only repeat it."""
-        self._keep_error(trial)
-
-    def _keep_error(self, trial: RayTrial) -> None:
-        # Where Tune has just written it; `trial.get_pickled_error` looks where it is copied to some time later.
-        file = trial.pickled_error_file
-        error = None if file is None else cloudpickle.loads(Path(file).read_bytes())
-        # A worker that cannot even begin, e.g. for a module it lacks, would fail the same way for every trial.
-        raised = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
-        if raised and self.error is None:
-            self.error = error
+        self.error = self.error or raised_by(trial)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks next to the trials; a listener on this process has no place there.
@@ -161,78 +173,3 @@ class _StopWhen(tune.Stopper):  # type: ignore[misc]
 
 def _ignore() -> None:
     """Do nothing."""
-
-
-def _places(cpus_per_trial: float, gpus_per_trial: float) -> int:
-    """Return how many trials fit into the cluster at once."""
-    cluster = ray.cluster_resources()
-    needs = (("CPU", cpus_per_trial), ("GPU", gpus_per_trial))
-    return max(1, min(int(cluster.get(kind, 0) // need) for kind, need in needs if need > 0))
-
-
-@contextmanager
-def _ray(cpus_per_trial: float, gpus_per_trial: float) -> Iterator[None]:
-    """Use the Ray that is there; where there is none, start one and shut it down afterwards.
-
-    Raises
-    ------
-    InvalidValueError
-        If a trial needs more than the machine of a Ray started here has.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    # Its workers can import what this process can, such as a module next to the script or the task file.
-    with _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        # A cluster may grow; this machine will not, and the search would wait for ever.
-        has = ray.cluster_resources()
-        for name, kind, needed in (("cpus", "CPU", cpus_per_trial), ("gpus", "GPU", gpus_per_trial)):
-            if needed > has.get(kind, 0):
-                raise InvalidValueError(
-                    f"`{name}_per_trial` must be at most the {has.get(kind, 0):g} {kind} that Ray found on this "
-                    f"machine, got {needed:g}. Ask for less, or connect to a cluster first, by ray.init(address=...)."
-                )
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave the terminal to the search's own progress, and its records to the checkpoints, which hold them all.
-
-    Tune's tables go by ``verbose=0`` only in its old output, its loggers to CSV, JSON and TensorBoard by a variable.
-    It logs a traceback for each failure, which this search raises, or records and survives; and Ray one for each that
-    no one fetched, since the search had ended.
-    """
-    variables = {
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-    }
-    levels = {"ray.tune": logging.CRITICAL, "ray.tune.execution.insufficient_resources_manager": logging.WARNING}
-    before = {name: logging.getLogger(name).level for name in levels}
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with _environment(**variables):
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

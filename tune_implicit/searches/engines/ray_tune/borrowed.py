@@ -1,0 +1,47 @@
+"""What Ray keeps private and nothing public replaces, each name behind a function of ours.
+
+A test sees to it that they are there, under the oldest and the newest Ray that is promised.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import cloudpickle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS
+from ray.tune.search.optuna import OptunaSearch
+
+__all__ = ["RESULT_KEYS", "completed_trials", "raised_by", "study_of", "trials_of"]
+
+# What Tune adds to every result, besides the config.
+RESULT_KEYS = frozenset({*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, "done"})
+
+
+def study_of(searcher: OptunaSearch) -> optuna.Study:
+    """Return the study behind a searcher."""
+    study: optuna.Study = searcher._ot_study
+    return study
+
+
+def trials_of(searcher: OptunaSearch) -> dict[str, optuna.Trial]:
+    """Return a searcher's trials in its study, by Ray's id."""
+    trials: dict[str, optuna.Trial] = searcher._ot_trials
+    return trials
+
+
+def completed_trials(searcher: OptunaSearch) -> set[str]:
+    """Return the ids of those that a searcher has told its study of."""
+    completed: set[str] = searcher._completed_trials
+    return completed
+
+
+def raised_by(trial: RayTrial) -> Exception | None:
+    """Return what the code of a trial that failed has raised, ``None`` where it has only lost its worker."""
+    # Where Tune has just written it; `trial.get_pickled_error` looks where it is copied to some time later.
+    file = trial.pickled_error_file
+    error: Any = None if file is None else cloudpickle.loads(Path(file).read_bytes())
+    # A worker that cannot even begin, e.g. for a module it lacks, would fail the same way for every trial.
+    raised = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return error if raised else None
