@@ -26,7 +26,8 @@ class Hypergradient:
     gradients : dict of str to Tensor
         By name of the ul model's parameter, in its shape and dtype. Empty where the status is a failure.
     solution : Solution
-        Of ``H v = dF/dw``, with :attr:`damping` added to the diagonal of ``H``; its fields are attributes here as well.
+        The solution of ``H v = dF/dw``, with :attr:`damping` added to the diagonal of ``H``; its fields are attributes
+        here as well.
     solver : str
         The name of the solver that answered.
     b_norm : float
@@ -40,7 +41,7 @@ class Hypergradient:
     ll_norm : float
         ``||w||``.
     norm : float
-        Of the hypergradient over all ul values; NaN where the status is a failure.
+        The norm of the hypergradient over all ul values; NaN where the status is a failure.
     ul_loss, ll_loss : float
         ``F`` and ``f`` at the point.
     """
@@ -114,7 +115,7 @@ class Hypergradient:
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """Of a solver with a fallback: each solver tried, and how it ended."""
+        """The solvers that one with a fallback has tried, and how each ended."""
         return self.solution.attempts
 
     @property

@@ -44,8 +44,8 @@ class SolverSettings:
     rtol : float, default 0
         A solve has converged once ``||b - H v||`` is below ``rtol * ||b||``.
     step_size : float or "auto", optional
-        Of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` is 1.8 over a bound on ``lambda_max``, which
-        takes 10 hvps in the first solve and one in each after it.
+        The step size of the Neumann series, in place of ``ll_learning_rate``. ``"auto"`` is 1.8 over a bound on
+        ``lambda_max``, which takes 10 hvps in the first solve and one in each after it.
     damping : float, default 0
         Added to the diagonal of ``H``, which moves the answer and makes an indefinite ``H`` definite.
     stop : {"tolerance", "noise"}, default "tolerance"
@@ -125,11 +125,11 @@ class SolverSettings:
         Parameters
         ----------
         step_size : float, optional
-            Of the series, in place of :attr:`given_step_size`.
+            The step size of the series, in place of :attr:`given_step_size`.
         noise : float, default 0
             A residual norm below which to solve no further.
         preconditioner : QuasiNewton, optional
-            Of CG.
+            What CG is preconditioned with.
         """
         step_size = self.given_step_size if step_size is None else step_size
         k, tolerance, rtol = self.k, max(self.tolerance, noise), self.rtol

@@ -31,8 +31,8 @@ class ConjugateGradient(IterativeSolver):
     Parameters
     ----------
     k : int
-        Most iterations; each costs one hvp, and a warm start costs one more, as does a residual measured where rounding
-        leaves it in doubt.
+        Most iterations; each costs one hvp, a warm start one or two more, and a residual measured where rounding leaves
+        it in doubt one more.
     tolerance : float, default 1e-10
         The solve has converged once ``||b - H v|| < tolerance``.
     rtol : float, default 0
@@ -111,8 +111,9 @@ class _Recursion(Recursion):
         if not math.isfinite(rr):
             return Status.NON_FINITE
         alpha, length = rz / php, math.sqrt(pp)
-        # ||H p|| / ||p||: successive residuals are orthogonal unless there is a preconditioner.
-        image = 0.0 if preconditioned else math.sqrt(self._rr + rr) / (alpha * length)
+        # Successive residuals are orthogonal unless there is a preconditioner: ||H p|| / ||p||, and of the next residual
+        # the Rayleigh quotient, less what the curvature along the next direction adds to it.
+        image = 0.0 if preconditioned else max(math.sqrt(self._rr + rr) / length, rr / self._rr) / alpha
         self.largest = max(self.largest, quotient, image)
         self._length += alpha * length
         drift = math.hypot(self.drift, self._epsilon * self.largest * self._length)

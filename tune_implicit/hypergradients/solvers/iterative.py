@@ -26,7 +26,7 @@ __all__ = ["IterativeSolver", "Recursion", "System"]
 # The one product that a warm start takes tells little of the largest eigenvalue, which may be as many times larger.
 _UNSEEN = 1e3
 
-# Of ||b||: a warm start whose own rounding is larger is worth nothing.
+# A warm start whose own rounding is larger than this part of ``||b||`` is worth nothing.
 _LOST = 0.1
 
 # A measured residual of so many roundings of ``||H|| ||v||`` is all rounding.

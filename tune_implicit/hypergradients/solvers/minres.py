@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from tune_implicit.hypergradients.arguments import at_least, ruled
-from tune_implicit.hypergradients.solvers.arithmetic import dot, norm
+from tune_implicit.hypergradients.solvers.arithmetic import dot, norm, read
 from tune_implicit.hypergradients.solvers.iterative import IterativeSolver, Recursion, System
 from tune_implicit.hypergradients.solvers.solution import Status
 
 __all__ = ["Minres"]
 
-# Of so many steps the Ritz values are computed; a longer matrix would take time and tell little more.
+# Where the residual carried along is in doubt it is measured, and again after so many times as many steps, and some.
+_LONGER = 1.25
+_SOME = 4
+
+# A residual carried along is still right where the measured one is at most so many times as large.
+_AGREES = 2.0
+
+# The Ritz values are those of the first steps, so many: a longer matrix would take time and tell little more.
 _RITZ_STEPS = 100
 
 
@@ -21,16 +28,16 @@ _RITZ_STEPS = 100
 class Minres(IterativeSolver):
     """Solve ``H v = b`` for symmetric ``H``, definite or not, by the minimal residual method.
 
-    Each iterate has the smallest residual in its Krylov space. The recursion that gives it loses touch with the true
-    residual where ``H`` is ill-conditioned; the residual is then measured, for one hvp, and what is left is solved for
-    anew. A converged ``v`` at an indefinite ``H`` is right for the stationary point that the ll weights are at, which
-    is no minimum: ``lambda_min`` of the solution is negative there.
+    Each iterate has the smallest residual in its Krylov space. The recursion that gives it may lose touch with the true
+    residual where ``H`` is ill-conditioned. Where it may have, the residual is measured now and then, for one hvp each,
+    and where it has, what is left is solved for anew. A converged ``v`` at an indefinite ``H`` is right for the
+    stationary point that the ll weights are at, which is no minimum: ``lambda_min`` of the solution is negative there.
 
     Parameters
     ----------
     k : int
-        Most iterations; each costs one hvp, and a warm start costs one more, as does a residual measured where rounding
-        leaves it in doubt.
+        Most iterations; each costs one hvp, a warm start one or two more, and a residual measured where rounding leaves
+        it in doubt one more.
     tolerance : float, default 1e-10
         The solve has converged once ``||b - H v|| < tolerance``.
     rtol : float, default 0
@@ -62,7 +69,8 @@ class _Recursion(Recursion):
     """The Lanczos vectors, update directions and plane rotations of one run.
 
     A rounding error in an update direction goes on into those after it, by the recurrence of the directions themselves:
-    where small pivots make it grow, no digit of the residual carried along may be true.
+    where small pivots make it grow, no digit of the residual carried along may be true. The bound on it is a sure one
+    and may be far too large, so that it tells only from where on to measure.
     """
 
     def __init__(self, system: System) -> None:
@@ -79,6 +87,11 @@ class _Recursion(Recursion):
         self._off: list[float] = []
         self._lengths, self._errors = (0.0, 0.0), (0.0, 0.0)
         self._length, self._drift = system.length, system.drift
+        # Below its own rounding the residual of a run has nothing left to take off.
+        self._rounding = self._epsilon * residual.item()
+        # The first step after which to measure, once the bound is of no more use; what was last made, if not measured.
+        self._measure_at: float | None = None
+        self._unmeasured: Tensor | None = None
         self.x, self.residual, self.drift, self.largest = zero, residual.item(), system.drift, system.largest
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
@@ -109,20 +122,44 @@ class _Recursion(Recursion):
         if not math.isfinite(residual):
             return Status.NON_FINITE
         self.largest = max(self.largest, abs(diagonal) + off)
+        residual = abs(residual)
+        if self._measure_at is None and self._is_sure(far, delta, pivot, along, residual):
+            if residual + self._drift < self.residual + self.drift:
+                self.x, self.residual, self.drift = made, residual, self._drift
+            return Status.CONVERGED if residual + self._drift < self._system.stop else Status.MAX_STEPS
+        self._unmeasured, steps = made, len(self._diagonal)
+        if steps < (self._measure_at or 0) and residual > max(self._rounding, self._system.stop / _AGREES):
+            return Status.MAX_STEPS
+        self._measure_at = _LONGER * steps + _SOME
+        measured = self._measured()
+        if self.residual + self.drift < self._system.stop:
+            return Status.CONVERGED
+        return Status.STAGNATED if measured > _AGREES * residual or residual <= self._rounding else Status.MAX_STEPS
+
+    def _is_sure(self, far: float, delta: float, pivot: float, along: float, residual: float) -> bool:
+        """Return whether the residual carried along is larger than the most by which it is off."""
         length = math.hypot(1.0, far * self._lengths[0], delta * self._lengths[1]) / pivot
         error = math.hypot(self._epsilon * length, far / pivot * self._errors[0], delta / pivot * self._errors[1])
         self._lengths, self._errors = (self._lengths[1], length), (self._errors[1], error)
         self._length += abs(along) * length
         rounding = math.hypot(along * error, self._epsilon * self._length)
-        residual, self._drift = abs(residual), math.hypot(self._drift, self.largest * rounding)
-        if residual + self._drift < self.residual + self.drift:
-            self.x, self.residual, self.drift = made, residual, self._drift
-        if residual + self._drift < self._system.stop:
-            return Status.CONVERGED
-        return Status.STAGNATED if residual <= self._drift else Status.MAX_STEPS
+        self._drift = math.hypot(self._drift, self.largest * rounding)
+        return residual > self._drift
+
+    def _measured(self) -> float:
+        """Return the measured residual of what was last made, which is taken where it is the smallest."""
+        assert self._unmeasured is not None
+        made, self._unmeasured = self._unmeasured, None
+        measured, size = read([norm(self._system.r - self._system.hvp(made)), norm(made)])
+        drift = self._epsilon * self.largest * (self._system.length + size)
+        if measured + drift < self.residual + self.drift:
+            self.x, self.residual, self.drift = made, measured, drift
+        return measured
 
     def end(self, status: Status) -> None:
-        """Find the smallest and the largest Ritz value; the first steps tell the ends of the spectrum."""
+        """Measure what was made last, and find the smallest and the largest Ritz value."""
+        if self._unmeasured is not None and status is not Status.NON_FINITE:
+            self._measured()
         diagonal, off = (
             torch.tensor(entries[:_RITZ_STEPS], dtype=torch.float64) for entries in (self._diagonal, self._off)
         )
