@@ -82,12 +82,12 @@ def search(
     output : path, optional
         A folder for everything the search writes; by default a new one under ``tune_implicit_results``.
     storage : str or BaseStorage, optional
-        Of the Optuna study, which is named after the folder: a database URL, the path of a journal file or an object.
-        By default a journal in the folder. One call at a time may run on a study.
+        Where the Optuna study lies, which is named after the folder: a database URL, the path of a journal file or an
+        object. By default a journal in the folder. One call at a time may run on a study.
     resume : bool
         Continue the search in ``output``: its finished trials count, and interrupted ones run again.
     seed : int, optional
-        Of the default sampler and, unless settings or space say otherwise, of every trial.
+        The seed of the default sampler and, unless settings or space say otherwise, of every trial.
     sampler : optuna sampler, optional
         TPE by default.
     pruner : optuna pruner, optional
@@ -97,7 +97,7 @@ def search(
     max_concurrent_trials : int, optional
         For the Ray backend; as many as fit by default.
     cpus_per_trial, gpus_per_trial : float
-        For the Ray backend.
+        For the Ray backend; what a trial occupies, of which 0.5 is half a one.
     on_progress : callable(Progress), optional
         Called after each trial.
 
@@ -113,7 +113,7 @@ def search(
     StorageError
         If the storage cannot be opened.
     """
-    _check(backend, n_trials, time_budget_s, pruner, scheduler)
+    _check(backend, n_trials, time_budget_s, pruner, scheduler, (cpus_per_trial, gpus_per_trial))
     check_space(space)
     direction = direction_of(mode)
     folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
@@ -155,6 +155,7 @@ def _check(
     time_budget_s: float | None,
     pruner: BasePruner | None,
     scheduler: "Scheduler | None",
+    per_trial: tuple[float, float],
 ) -> None:
     if backend not in BACKENDS:
         raise InvalidValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
@@ -162,6 +163,11 @@ def _check(
         raise InvalidValueError(f"`n_trials` must be 1 or more, got {n_trials}.")
     if time_budget_s is not None and not time_budget_s > 0:
         raise InvalidValueError(f"`time_budget_s` must be positive, got {time_budget_s}.")
+    if not (min(per_trial) >= 0 and max(per_trial) > 0):
+        cpus, gpus = per_trial
+        raise InvalidValueError(
+            f"`cpus_per_trial` and `gpus_per_trial` must be 0 or more, and one of them more, got {cpus:g} and {gpus:g}."
+        )
     if backend == "ray" and pruner is not None:
         raise InvalidValueError('`pruner` is for backend="optuna": Ray Tune stops trials by a `scheduler`.')
     if backend == "optuna" and scheduler is not None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,7 +29,9 @@ def connected(cpus_per_trial: float, gpus_per_trial: float) -> Iterator[None]:
         yield
         return
     # Its workers can import what this process can, such as a module next to the script or the task file.
-    with environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+    with environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))), warnings.catch_warnings():
+        # Ray before 2.60 tells each process that has no GPU what it will do in future versions.
+        warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         # A cluster may grow; this machine will not, and the search would wait for ever.

@@ -53,7 +53,7 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     sampler : BaseSampler, optional
         TPE by default.
     seed : int, optional
-        Of the default sampler.
+        The seed of the default sampler.
     points_to_evaluate : list of dict, optional
         Complete params to try first.
 

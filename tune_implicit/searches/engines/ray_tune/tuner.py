@@ -1,7 +1,10 @@
 """A whole search on Ray Tune: n trials of an ImplicitTrainable in one Tuner."""
 
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +77,7 @@ class RayEngine:
             sampler=study.sampler,
         )
         watcher = _Watcher(on_trial_end, searcher)
-        with quiet_ray(), connected(self.cpus_per_trial, self.gpus_per_trial):
+        with quiet_ray(), _own_ctrl_c(), connected(self.cpus_per_trial, self.gpus_per_trial):
             self._tuner(searcher, watcher, n_trials, time_budget_s).fit()
         if isinstance(watcher.error, RayTaskError):
             # As the trial raised it; the worker's traceback is what it comes from.
@@ -109,6 +112,20 @@ class RayEngine:
                 verbose=0,
             ),
         )
+
+
+@contextmanager
+def _own_ctrl_c() -> Iterator[None]:
+    """Put back what Ctrl-C did before Tune, whose handler stays after its run and only notes that it came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Tune sets none there
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None:  # what Python did not set cannot be put back
+            signal.signal(signal.SIGINT, before)
 
 
 class _PatientSearch(ImplicitOptunaSearch):
