@@ -20,7 +20,7 @@ __all__ = ["look_at_curvature"]
 
 _LANCZOS_STEPS = 30
 
-# Of the largest step size: just below it the series converges fastest.
+# The part of the largest step size with which the series converges fastest.
 _FASTEST = 0.95
 
 _FAULTS = {

@@ -13,7 +13,7 @@ from tune_implicit.trials.splits import batches_of
 
 __all__ = ["look_at_data"]
 
-# Of a split, to count its examples.
+# As many batches of a split are read to count its examples.
 _MOST_BATCHES = 1000
 
 

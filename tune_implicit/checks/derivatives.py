@@ -117,11 +117,11 @@ def directional_error(
     params : sequence of Parameter
         Moved, and moved back.
     gradient : Tensor, shape (n,)
-        Of the scalar ``value()`` over all entries of ``params``.
+        The gradient of ``value()`` over all entries of ``params``.
     value : callable() -> float
-        Of a function in float64, and the same at every call.
+        Computes the scalar in float64, the same at every call.
     steps : sequence of float
-        Of the differences. A kink within a step spoils one, rounding another.
+        The lengths of the differences. A kink within a step spoils one, rounding another.
 
     Returns
     -------

@@ -34,7 +34,7 @@ class FixedProblem:
     problem : BilevelProblem
         Its models are copies, which a look may train and freeze.
     settings : ImplicitSettings
-        Of a trial.
+        What a trial is run with.
     train, validate : (data, target)
         The first batch of each split, on the models' device.
     draw : int

@@ -26,23 +26,24 @@ _TRAINING_STEPS = 1000
 _BATCHES = 10
 _DRAWS = 4
 
-# Of the gradient that training started from, and of the ll loss that a Newton step would still take off.
+# Training has got to a minimum where it leaves less than this part of the gradient that it started from, or where a
+# Newton step would take less than this part off the ll loss.
 _TRAINED = 0.3
 _LEFT = 0.05
 
-# Of the ul loss before training, by which more than noise has raised it.
+# A ul loss that training raises by more than this part of itself was raised by more than noise.
 _ROSE = 0.01
 
 # Standard errors over batches, and the relative stationarity, above which a gradient is one.
 _SURE = 3.0
 _STATIONARY = 1e-3
 
-# Of a gradient, what more training leaves of it where it does not take it away; and of what training took off the loss
-# before, what more of it takes off where it follows the gradient.
+# More training does not take a gradient away where it leaves more than this part of it. It follows the gradient where
+# it lowers the loss by more than this part of what training has lowered it by before.
 _TAKEN_AWAY = 0.7
 _FOLLOWED = 0.02
 
-# Of what the gradient and the curvature promise: a step along the gradient of a smooth loss takes off most of it.
+# A step along the gradient of a smooth loss takes off more than this part of what gradient and curvature promise.
 _KEPT = 0.3
 
 

@@ -39,6 +39,6 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     Raises
     ------
     ValueError
-        If it is of another type.
+        If it is of another type, or none of a categorical distribution's choices.
     """
     return distribution._contains(distribution.to_internal_repr(value))

@@ -40,7 +40,7 @@ class TrialResult:
     state : {"complete", "pruned", "failed"}
         How it ended.
     value : float, optional
-        Of the search's metric; ``None`` where it failed.
+        The search's metric; ``None`` where it failed.
     config : dict
         What its problem was made from.
     metrics : dict

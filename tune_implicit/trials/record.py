@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 LOSSES = ("select_loss", "validate_loss", "train_loss")
 
-# Of the last hypergradient, by the names of its attributes.
+# What is told of the last hypergradient, by the names of its attributes.
 CERTIFICATE = {
     "hypergradient_norm": "norm",
     "residual_norm": "residual_norm",

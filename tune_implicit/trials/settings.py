@@ -21,11 +21,11 @@ class ImplicitSettings(SolverSettings):
     Parameters
     ----------
     ll_learning_rate : float, default 0.01
-        Of the ll optimizer; also the step size of the Neumann series, unless ``step_size`` is given.
+        The learning rate of the ll optimizer; also the step size of the Neumann series, unless ``step_size`` is given.
     warm_start : bool, default True
         Whether a solve starts from the ``v`` of the ul step before.
     ul_learning_rate : float, default 0.01
-        Of the ul optimizer. With 0 the ul values stay as they are and no hypergradient is computed.
+        The learning rate of the ul optimizer. With 0 the ul values stay as they are and no hypergradient is computed.
     ll_steps : int, default 5
         ll optimizer steps before each ul step.
     ul_steps : int, default 100
@@ -40,7 +40,7 @@ class ImplicitSettings(SolverSettings):
     failures_to_stop : int, default 5
         See ``on_failure``.
     seed : int, default 0
-        Of every random choice in the trial, the initial weights included.
+        The seed of every random choice in the trial, the initial weights included.
 
     Raises
     ------
