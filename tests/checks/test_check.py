@@ -1,47 +1,53 @@
-"""A working problem, the ways in which it can be broken, and the name under which each is found."""
+"""A check as a whole: what it makes of a working problem, and how it ends on a broken one."""
 
 import copy
-import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.problems import F64, Values
-from tests.support.toy import ul_objective
+from tests.support.broken import clamped, flipped, wrong
+from tests.support.problems import F64
 from tests.support.working import SETTINGS, D, LearningRate, N, ll_objective, split, working
-from tune_implicit import BilevelProblem, ImplicitSettings, State, check
-from tune_implicit.checks.findings import Level
+from tune_implicit import BilevelProblem, ImplicitSettings, check
+from tune_implicit.checks.findings import CheckReport, Finding, Level
+
+
+def names(report: CheckReport) -> list[str]:
+    return [finding.name for finding in report.findings]
+
+
+def timeless(report: CheckReport) -> list[Finding]:
+    return [finding for finding in report.findings if finding.name != "cost"]
 
 
 def test_a_working_problem_passes() -> None:
     report = check(working(), SETTINGS)
     assert report.passed
     assert {finding.level for finding in report.findings} == {Level.OK}
-    figures = report.figures
-    assert figures["finite_difference_error"] < 1e-6
-    assert figures["k_cg"] <= figures["k_neumann_auto"] <= figures["k_neumann"]
-    assert figures["ll_step_s"] > 0
-    assert figures["ul_step_s"] > 0
 
 
-def test_figures_are_those_of_the_hessian() -> None:
-    problem = working()
-    ((x, _),) = problem.train_data
-    ones = torch.cat([x, torch.ones(N, 1, dtype=F64)], 1)
-    penalty = torch.cat([problem.ul_model.log_l2.detach().exp(), torch.zeros(1, dtype=F64)])
-    values = torch.linalg.eigvalsh(2 * ones.T @ ones / N + 2 * penalty.diag())
-    figures = check(problem, SETTINGS).figures
-    assert figures["lambda_min"] == pytest.approx(values[0].item())
-    assert figures["lambda_max"] == pytest.approx(values[-1].item())
-    assert figures["largest_step_size"] == pytest.approx(2 / values[-1].item())
+def test_things_are_looked_at_in_order() -> None:
+    found = "losses ul-values derivatives training curvature solver effort finite-differences cost"
+    assert list(dict.fromkeys(names(check(working(), SETTINGS)))) == found.split()
+
+
+def test_the_figures_have_the_documented_names() -> None:
+    figures = "lambda_min lambda_max largest_step_size k_cg k_minres k_neumann k_neumann_auto"
+    figures += " stationarity finite_difference_error ll_step_s ul_step_s"
+    assert set(check(working(), SETTINGS).figures) == set(figures.split())
+
+
+def test_the_settings_are_by_default_those_of_a_trial() -> None:
+    report = check(working())
+    assert timeless(report) == timeless(check(working(), ImplicitSettings()))
+    assert "500 ll steps" in str(report)
 
 
 def test_the_problem_is_left_as_it_was() -> None:
@@ -55,224 +61,20 @@ def test_the_problem_is_left_as_it_was() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-# ---- broken problems
-
-
-class Count(Values):
-    def __init__(self) -> None:
-        super().__init__(log_l2=torch.full((D,), -3.0, dtype=F64))
-        self.layers = nn.Parameter(torch.tensor(3), requires_grad=False)
-
-
-class FlashAttention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        q = x[:, None, :, None].expand(-1, 1, -1, 8).contiguous()
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(q, q, q).mean((1, 3))
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
-
-
-def edits_in_place(state: State) -> Tensor:
-    state.data.mul_(0.99)
-    return ll_objective(state)
-
-
-def edits_what_autograd_needs(state: State) -> Tensor:
-    hidden = state.ll_model(state.data).exp()
-    loss = hidden.square().mean()
-    hidden.add_(1.0)
-    return loss + ll_objective(state)
-
-
-def flipped(data: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [(x, -y) for x, y in data]
-
-
-def outside(problem: BilevelProblem) -> BilevelProblem:
-    model = problem.ll_model
-    return replace(problem, ul_objective=lambda s: mse_loss(model(s.data), s.target))
-
-
-def settings(**changes: Any) -> ImplicitSettings:
-    return replace(SETTINGS, **changes)
-
-
-def with_l1(state: State) -> Tensor:
-    return ul_objective(state) + 0.5 * state.ul_model.log_l2.exp().mean() * state.ll_model[0].weight.abs().sum()
-
-
-def clamped(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """What keeps weights below 0.2, where the data would have two of them at 1."""
-    optimizer = torch.optim.Adam(params, lr=lr)
-
-    def project(*_: Any) -> None:
-        for param in params:
-            param.data.clamp_(max=0.2)
-
-    optimizer.register_step_post_hook(project)
-    return optimizer
-
-
-def leaves_eval_on(state: State) -> Tensor:
-    loss = ll_objective(state)
-    state.ll_model.eval()
-    return loss
-
-
-class CheckpointedAttention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        q = x[:, None, :, None].expand(-1, 1, -1, 8).contiguous()
-        return checkpoint(scaled_dot_product_attention, q, q, q, use_reentrant=False).mean((1, 3))
-
-
-BROKEN: dict[str, tuple[str, Callable[[], BilevelProblem], ImplicitSettings]] = {
-    "a Neumann step above 2 / lambda_max": (
-        "diverging-step",
-        working,
-        settings(solver="neumann", step_size=5.0),
-    ),
-    "ll training diverges": (
-        "training-diverges",
-        lambda: working(ll_optimizer=torch.optim.SGD),
-        settings(ll_learning_rate=5.0),
-    ),
-    "a ul value that nothing uses": (
-        "unused-ul-value",
-        lambda: working(ul_model=Values(log_l2=torch.zeros(D, dtype=F64), spare=torch.zeros(2, dtype=F64))),
-        SETTINGS,
-    ),
-    "a learning rate as ul value": ("learning-rate", lambda: working(ul_model=LearningRate()), SETTINGS),
-    "a ul value behind .item()": (
-        "unused-ul-value",
-        lambda: working(
-            ul_model=Values(log_l2=torch.zeros((), dtype=F64)),
-            ll_objective=lambda s: ul_objective(s) + s.ul_model.log_l2.exp().item() * s.ll_model[0].weight.norm(),
-        ),
-        SETTINGS,
-    ),
-    "an objective that is no scalar": (
-        "non-scalar",
-        lambda: working(ul_objective=lambda s: mse_loss(s.ll_model(s.data), s.target, reduction="none")),
-        SETTINGS,
-    ),
-    "an objective that returns a number": ("not-a-loss", lambda: working(ul_objective=lambda s: 1.0), SETTINGS),
-    "objectives swapped": (
-        "objectives-swapped",
-        lambda: working(ul_objective=ll_objective, ll_objective=ul_objective),
-        SETTINGS,
-    ),
-    "splits swapped": (
-        "splits-swapped",
-        lambda: working(train_data=split(1, 20), validate_data=split(0, 200)),
-        SETTINGS,
-    ),
-    "a detached ul loss": (
-        "detached",
-        lambda: working(
-            ul_objective=lambda s: mse_loss(s.ll_model(s.data).detach(), s.target) + s.ul_model.log_l2.sum()
-        ),
-        SETTINGS,
-    ),
-    "a ll loss under no_grad": ("detached", lambda: working(ll_objective=torch.no_grad()(ll_objective)), SETTINGS),
-    "a model from outside the state": ("detached", lambda: outside(working()), SETTINGS),
-    "a part of the ll loss detached": (
-        "derivative",
-        lambda: working(
-            ll_objective=lambda s: ll_objective(s) + (s.ll_model[0].weight.detach() * s.ll_model[0].weight).sum()
-        ),
-        SETTINGS,
-    ),
-    "a wrong backward": (
-        "derivative",
-        lambda: working(ll_objective=lambda s: mse_loss(Doubled.apply(s.ll_model(s.data)), s.target) + ll_objective(s)),
-        SETTINGS,
-    ),
-    "data edited in place": ("in-place", lambda: working(ll_objective=edits_in_place), SETTINGS),
-    "activations edited in place": ("in-place", lambda: working(ll_objective=edits_what_autograd_needs), SETTINGS),
-    "fused attention forced": (
-        "double-backward",
-        lambda: working(
-            ll_model=nn.Sequential(nn.Linear(D, D), FlashAttention(), nn.Linear(D, 1)).to(F64),
-        ),
-        SETTINGS,
-    ),
-    "the gradient of sqrt at 0": (
-        "non-finite",
-        lambda: working(ul_objective=lambda s: ul_objective(s) + (0 * s.ll_model[0].weight).sum().sqrt()),
-        SETTINGS,
-    ),
-    "a loss that is NaN": ("non-finite", lambda: working(ll_objective=lambda s: ll_objective(s) + math.nan), SETTINGS),
-    "integer parameters": ("integer-parameter", lambda: working(ul_model=Count()), SETTINGS),
-    "ll not at a minimum": (
-        "not-at-minimum",
-        lambda: working(ll_optimizer=torch.optim.SGD),
-        settings(ll_steps=1, ul_steps=5, ll_learning_rate=1e-4),
-    ),
-    "ll loss of the wrong sign": (
-        "wrong-sign",
-        lambda: working(ll_objective=lambda s: s.ul_model.log_l2.exp().sum() - ll_objective(s)),
-        settings(ll_steps=1, ul_steps=10),
-    ),
-    "ul loss of the wrong sign": ("wrong-sign", lambda: working(ul_objective=lambda s: -ul_objective(s)), SETTINGS),
-    "a penalty of the wrong sign": (
-        "negative-curvature",
-        lambda: working(ll_objective=lambda s: 21 * ul_objective(s) - 20 * ll_objective(s)),
-        settings(ll_steps=1),
-    ),
-    "a metric that is NaN": ("non-finite", lambda: working(metrics={"mine": lambda s: math.nan}), SETTINGS),
-    "an ll model that generalises badly": (
-        "wrong-sign",
-        lambda: working(ll_objective=lambda s: ll_objective(s) + 1e-9 * s.data.sum(), validate_data=flipped(split(1))),
-        SETTINGS,
-    ),
-    "an L1 penalty": (
-        "not-smooth",
-        lambda: working(ll_objective=with_l1, ul_model=Values(log_l2=torch.zeros(D, dtype=F64))),
-        settings(ll_steps=20),
-    ),
-    "weights that are projected": ("not-smooth", lambda: working(ll_optimizer=clamped), SETTINGS),
-    "an objective that leaves evaluation mode on": (
-        "mode-leak",
-        lambda: working(ll_model=nn.Sequential(nn.Linear(D, 1), nn.Dropout(0.1)).to(F64), ll_objective=leaves_eval_on),
-        SETTINGS,
-    ),
-    "a module that cannot be differentiated twice": (
-        "double-backward",
-        lambda: working(ll_model=nn.Sequential(nn.Linear(D, D), nn.Hardsigmoid(), nn.Linear(D, 1)).to(F64)),
-        SETTINGS,
-    ),
-    "no select_data": ("no-select-data", lambda: working(select_data=None), SETTINGS),
-    "the same data twice": ("same-data", lambda: working(validate_data=split(0)), SETTINGS),
-}
-
-
-ONLY_WARNED = (
-    "weights that are projected",
-    "splits swapped",
-    "an ll model that generalises badly",
-    "no select_data",
-    "the same data twice",
-)
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_problem_is_found_by_name(name: str) -> None:
-    expected, problem, chosen = BROKEN[name]
-    report = check(problem(), chosen)
-    assert expected in [finding.name for finding in report.findings if finding.level is not Level.OK], str(report)
-    assert report.passed == (name in ONLY_WARNED), str(report)
+def test_a_problem_is_found_the_same_however_often_it_is_checked() -> None:
+    problem = working(ll_model=nn.Sequential(nn.Linear(D, 1), nn.Dropout(0.1)).to(F64))
+    one = check(problem, SETTINGS)
+    torch.rand(7)
+    other = check(problem, SETTINGS)
+    assert timeless(one) == timeless(other)
 
 
 def test_attention_that_is_computed_again_passes() -> None:
+    class CheckpointedAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x[:, None, :, None].expand(-1, 1, -1, 8).contiguous()
+            return checkpoint(scaled_dot_product_attention, q, q, q, use_reentrant=False).mean((1, 3))
+
     model = nn.Sequential(
         nn.Linear(D, D), CheckpointedAttention(), nn.Unflatten(0, (N, 1)), nn.Linear(D, 1), nn.Flatten(0, 1)
     ).to(F64)
@@ -280,22 +82,57 @@ def test_attention_that_is_computed_again_passes() -> None:
     assert not {"double-backward", "torch-error", "problem"} & {fault.name for fault in report.faults}, str(report)
 
 
-def test_the_module_that_cannot_be_differentiated_twice_is_named() -> None:
-    _, problem, chosen = BROKEN["fused attention forced"]
-    (fault,) = check(problem(), chosen).faults
-    assert "(in '1', FlashAttention)" in fault.message
+# ---- how a check ends
+
+ONLY_WARNED: dict[str, tuple[str, Callable[[], BilevelProblem]]] = {
+    "no select_data": ("no-select-data", partial(working, select_data=None)),
+    "the same data twice": ("same-data", partial(working, validate_data=split(0))),
+    "splits swapped": ("splits-swapped", partial(working, train_data=split(1, 20), validate_data=split(0, 200))),
+    "weights that are projected": ("not-smooth", partial(working, ll_optimizer=clamped)),
+    "an ll model that generalises badly": ("wrong-sign", partial(working, validate_data=flipped(split(1)))),
+}
 
 
-# ---- the report
+@pytest.mark.parametrize("name", ONLY_WARNED)
+def test_a_problem_that_is_only_warned_of_passes_to_the_end(name: str) -> None:
+    expected, problem = ONLY_WARNED[name]
+    report = check(problem(), SETTINGS)
+    assert expected in wrong(report), str(report)
+    assert report.passed, str(report)
+    assert names(report)[-1] == "cost"
 
 
-def test_the_report_as_text_and_as_json() -> None:
-    report = check(working(select_data=None, ul_model=LearningRate()), SETTINGS)
-    lines = str(report).splitlines()
-    assert lines[-1] == "1 fault, 1 to be read"
-    assert max(map(len, lines)) <= 120
-    assert any(line.startswith("FAULT   learning-rate ") for line in lines)
-    told = json.loads(report.to_json())
-    assert told["passed"] is False
-    assert {"name", "level", "message"} == set(told["findings"][0])
-    assert told["figures"]["lambda_max"] > 0
+def test_a_fault_that_the_rest_does_not_depend_on_stops_nothing() -> None:
+    report = check(working(ul_model=LearningRate()), SETTINGS)
+    assert wrong(report) == {"learning-rate": Level.FAULT}
+    assert names(report)[-1] == "cost"
+
+
+def test_a_fault_that_stops_is_the_last_and_the_rest_is_said_to_be_missing() -> None:
+    report = check(working(ll_objective=lambda s: ll_objective(s) + math.nan), SETTINGS)
+    assert names(report) == ["non-finite", "incomplete"]
+    assert wrong(report) == {"non-finite": Level.FAULT, "incomplete": Level.WARNING}
+
+
+@pytest.mark.parametrize("name", ["train_data", "validate_data"])
+def test_without_a_first_batch_there_is_nothing_to_look_at(name: str) -> None:
+    report = check(working(**{name: [torch.ones(3)]}), SETTINGS)
+    assert wrong(report) == {"data": Level.FAULT}
+    assert report.faults[0].message.startswith(f"`{name}` must yield (data, target) pairs")
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (lambda: working(metrics={"mine": lambda s: torch.ones(3)}), "`mine` must return a number, got a tensor of"),
+        (
+            lambda: working(ll_model=nn.Sequential(weight_norm(nn.Linear(D, 1))).to(F64)),
+            "uses weight_norm, which torch",
+        ),
+    ],
+    ids=["a metric that is no number", "a module whose second derivative is wrong"],
+)
+def test_what_a_trial_would_raise_is_a_fault(problem: Callable[[], BilevelProblem], message: str) -> None:
+    report = check(problem(), SETTINGS)
+    assert wrong(report)["problem"] is Level.FAULT
+    assert message in report.faults[-1].message

@@ -1,23 +1,18 @@
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.noisy import Worlds, noisy_objective
-from tests.support.problems import F64, Case, compute, generator, ridge, symmetric
-from tests.support.systems import Counted, saved_and_loaded, spd, times, vector
-from tune_implicit.hypergradients.implicit import Implicit
+from tests.support.problems import F64, symmetric
+from tests.support.systems import ITERATIVE, Counted, Says, saved_and_loaded, spd, times, vector
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
 from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings
-from tune_implicit.hypergradients.solvers.arithmetic import start
-from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
 
 CPU = torch.device("cpu")
 each_solver = pytest.mark.parametrize("solver", SOLVERS)
-each_iterative = pytest.mark.parametrize("solver", ["cg", "minres", "neumann"])
+each_iterative = pytest.mark.parametrize("solver", ITERATIVE)
 
 
 def make(solver: object = "cg", k: int = 500, ll_learning_rate: float = 1.0, **arguments: object) -> InverseHvp:
@@ -37,72 +32,7 @@ def assert_same(got: Solution, expected: Solution) -> None:
     assert got.residual_norm == pytest.approx(expected.residual_norm, rel=0, abs=0, nan_ok=True)
 
 
-class Says:
-    """A solver that returns its right-hand side with the residual norm it is told."""
-
-    def __init__(self, residual_norm: float, status: Status = Status.CONVERGED, factor: float = 1.0) -> None:
-        self.residual_norm, self.status, self.factor = residual_norm, status, factor
-
-    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
-        return Solution(self.factor * b, self.status, 1, self.residual_norm)
-
-
 INDEFINITE = symmetric(torch.tensor([1.5, 1.3, 1.1, 0.9, 0.7, 0.5, 0.3, -0.2], dtype=F64))
-
-
-# ---- where a solve starts
-
-
-def test_start_is_the_multiple_of_least_residual() -> None:
-    h, b, v0 = spd(), vector(), vector(seed=1)
-    v, r, image = start(times(h), b, v0)
-    best = torch.linalg.lstsq((h @ v0)[:, None], b[:, None]).solution.item()
-    torch.testing.assert_close(v, best * v0)
-    torch.testing.assert_close(r, b - h @ v)
-    assert image == pytest.approx(((h @ v0).norm() / v0.norm()).item())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("definite", [False, True])
-def test_start_is_never_worse_than_zero(definite: bool, magnitude: float, dtype: torch.dtype) -> None:
-    for seed in range(20):
-        h, b = spd(condition=1e4, seed=seed).to(dtype), vector(seed=seed).to(dtype)
-        found = start(times(h), b, (magnitude * vector(seed=seed + 50)).to(dtype), definite)
-        if found is None:
-            continue
-        v, r, _ = found
-        assert r.norm() <= b.norm() * (1 + 1e-6)
-        assert v @ h @ v / 2 - b @ v <= 1e-6 or not definite
-        torch.testing.assert_close(r, b - h @ v, rtol=0, atol=100 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("definite", [False, True])
-def test_start_of_an_answer_to_another_scale_is_the_answer(definite: bool) -> None:
-    h, b = spd(), vector()
-    _, r, _ = start(times(h), b, -1e6 * torch.linalg.solve(h, b), definite)
-    assert r.norm() < 1e-12
-
-
-def test_start_costs_one_product() -> None:
-    hvp = Counted(spd())
-    start(hvp, vector(), vector(seed=1))
-    assert hvp.count == 1
-
-
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
-def test_there_is_no_start_along_no_direction(bad: float) -> None:
-    assert start(times(spd()), vector(), torch.full((8,), bad, dtype=F64)) is None
-
-
-@pytest.mark.parametrize("product", [0.0, math.nan, math.inf])
-def test_there_is_no_start_along_a_direction_without_a_product(product: float) -> None:
-    assert start(lambda v: torch.full_like(v, product), vector(), vector(seed=1)) is None
-
-
-def test_there_is_no_start_along_negative_curvature_for_a_definite_solver() -> None:
-    assert start(lambda v: -v, vector(), vector(seed=1), definite=True) is None
-    assert start(lambda v: -v, vector(), vector(seed=1)) is not None
 
 
 # ---- one solve after another
@@ -143,7 +73,7 @@ def test_warm_start_of_another_kind_is_dropped(solver: str, b: Tensor) -> None:
     assert_same(warm.solve(times(h), b), cold.solve(times(h), b))
 
 
-@pytest.mark.parametrize("solver", ["cg", "minres", "neumann"])
+@each_iterative
 def test_no_step_does_not_start_anywhere(solver: str) -> None:
     warm, cold = make(solver, k=0, warm_start=True), make(solver, k=0)
     for seed in range(3):
@@ -176,6 +106,13 @@ def test_right_hand_side_is_left_as_it_was(solver: str) -> None:
     for _ in range(2):
         one.solve(times(spd()), b)
     assert torch.equal(b, vector())
+
+
+def test_a_warm_start_on_a_singular_matrix_is_no_failure() -> None:
+    # What is left of `b` is its part in the kernel, which no step takes down: measured from the start, nothing moves.
+    h = torch.cat([torch.zeros(10), torch.logspace(-1, 0, 40)])
+    one, b = make("neumann", 20, 1.0, warm_start=True), vector(50).float()
+    assert {one.solve(lambda v: h * v, b).status for _ in range(30)} <= {Status.MAX_STEPS, Status.STAGNATED}
 
 
 def test_noise_is_a_tolerance() -> None:
@@ -465,118 +402,3 @@ def test_state_of_another_solver_loads(source: dict, target: dict) -> None:
     trajectory(one, range(2), F64)
     loaded.load_state_dict(saved_and_loaded(one.state_dict()), CPU)
     assert not any(solution.status.failed for solution in trajectory(loaded, range(2), F64))
-
-
-# ---- as exact as the batch
-
-
-def noise_of(case: Case) -> float:
-    """Half the distance between ``dF/dw`` on the two halves of the validation batch."""
-    x, y = case.problem.validate_data[0]
-    w, middle = case.problem.ll_model.w, len(x) // 2
-    one, other = (x[part].T @ (x[part] @ w - y[part]) / len(y[part]) for part in (slice(middle), slice(middle, None)))
-    return ((one - other).norm() / 2).item()
-
-
-def noisy(solver: str = "cg", k: int = 2000, **arguments: object) -> Callable[[Case], object]:
-    return lambda case: case.compute(solver, k, stop="noise", **arguments)
-
-
-@pytest.mark.parametrize("examples", [120, 122])  # the halves of 61 differ
-@pytest.mark.parametrize("solver", ["cg", "minres", "neumann"])
-def test_noise_stops_the_solver_where_the_batch_is_no_more_exact(solver: str, examples: int) -> None:
-    case = ridge(examples, 20)
-    case.problem.ll_model.w.data.mul_(3)  # far from the data, so that the gradient stands out of its noise
-    result, exact = noisy(solver)(case), case.compute(solver, k=2000)
-    assert result.noise_norm == pytest.approx(noise_of(case), rel=1e-12)
-    assert math.isnan(exact.noise_norm)
-    assert result.status is Status.CONVERGED
-    assert 0 < result.solver_steps < exact.solver_steps
-    assert result.residual_norm < result.noise_norm
-    before = case.compute(solver, k=result.solver_steps - 1)
-    assert before.residual_norm >= result.noise_norm
-
-
-def test_noise_below_the_tolerance_does_not_loosen_it() -> None:
-    case = ridge(120, 20)
-    assert noisy(tolerance=1e3)(case).solver_steps == 0
-
-
-def implicit_of(worlds: Worlds, **arguments: object) -> Implicit:
-    return Implicit(noisy_objective, worlds.ul_model, noisy_objective, worlds.ll_model, 0.1, **arguments)
-
-
-@pytest.mark.parametrize(
-    "item", ["parameters", "grad", "requires_grad", "mode", "buffers", "the objects", "python", "numpy", "cpu"]
-)
-def test_halving_the_batch_leaves_the_models_as_they_were(item: str) -> None:
-    worlds, data = Worlds(), torch.randn(8, 3, generator=generator(), dtype=F64)
-    one = implicit_of(worlds, k=3, solver="cg", stop="noise")
-    before = worlds.items()[item]
-    result = one.compute_gradients(data, None, train_data=data)
-    assert result.noise_norm > 0
-    torch.testing.assert_close(worlds.items()[item], before, rtol=0, atol=0)
-
-
-def test_halving_the_batch_does_not_change_the_hypergradient() -> None:
-    """The random numbers of both objectives are those drawn without it."""
-    results = []
-    for stop in ("tolerance", "noise"):
-        worlds, data = Worlds(), torch.randn(8, 3, generator=generator(), dtype=F64)
-        one = implicit_of(worlds, k=0, stop=stop)  # which stops nowhere
-        results.append(one.compute_gradients(data, None, train_data=data).gradients)
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_message_of_a_batch_that_cannot_be_halved() -> None:
-    case = ridge(60, 20)
-    (x, y), (x_train, y_train) = case.problem.validate_data[0], case.problem.train_data[0]
-    one = case.implicit(stop="noise")
-    for data, target, size in ((x[:1], y[:1], 1), (None, None, 0)):
-        one.ul_objective = case.problem.ul_objective if size else lambda s: s.ll_model.w.sum()
-        with pytest.raises(ValueError, match=f"halves the validation batch, .* 2 or more examples, got {size}. Use"):
-            one.compute_gradients(data, target, train_data=x_train, train_target=y_train)
-
-
-def test_message_of_noise_with_a_solver_object() -> None:
-    with pytest.raises(ValueError, match=r'`stop="noise"` sets the tolerance of a solver given by its name, got Conj'):
-        ridge(60, 20).implicit(ConjugateGradient(5), stop="noise")
-
-
-def test_message_of_an_unknown_stop() -> None:
-    with pytest.raises(ValueError, match="`stop` must be one of tolerance, noise, got 'early'"):
-        ridge(60, 20).implicit(stop="early")
-
-
-# ---- why it failed
-
-
-def test_reason_of_a_divergence_names_a_step_size_that_works() -> None:
-    case = ridge(60, 20)
-    largest = torch.linalg.eigvalsh(case.h)[-1].item()
-    result = case.compute("neumann", ll_learning_rate=30 / largest)
-    assert result.status is Status.DIVERGED
-    assert 2 / result.lambda_max >= 2 / largest * (1 - 1e-9)
-    for said in (f"at least {result.lambda_max:.3g}", f"below {2 / result.lambda_max:.3g}", 'step_size="auto"'):
-        assert said in result.reason
-    assert not case.compute("neumann", step_size="auto", ll_learning_rate=30 / largest).reason
-
-
-def test_reason_of_a_solver_that_lies() -> None:
-    case = ridge(60, 20)
-    result = compute(case.implicit(Says(0.0), verify=True), case.problem)
-    assert result.status is Status.UNVERIFIED
-    assert result.reason == "The residual computed anew is larger than the one that the solver reported."
-    assert result.gradients == {}
-
-
-def test_reason_of_a_divergence_that_a_solver_object_does_not_explain() -> None:
-    case = ridge(60, 20)
-    assert "nan" not in compute(case.implicit(Says(0.5, Status.DIVERGED)), case.problem).reason
-
-
-def test_a_warm_start_on_a_singular_matrix_is_no_failure() -> None:
-    # What is left of `b` is its part in the kernel, which no step takes down: measured from the start, nothing moves.
-    h = torch.cat([torch.zeros(10), torch.logspace(-1, 0, 40)])
-    one, b = make("neumann", 20, 1.0, warm_start=True), vector(50).float()
-    assert {one.solve(lambda v: h * v, b).status for _ in range(30)} <= {Status.MAX_STEPS, Status.STAGNATED}

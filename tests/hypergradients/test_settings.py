@@ -71,6 +71,12 @@ def test_noise_is_a_tolerance() -> None:
             ValueError,
             '`preconditioner_memory` is for `solver="cg"`, got NeumannSeries',
         ),
+        ({"stop": "early"}, ValueError, "`stop` must be one of tolerance, noise, got 'early'"),
+        (
+            {"solver": ConjugateGradient(5), "stop": "noise"},
+            ValueError,
+            '`stop="noise"` sets the tolerance of a solver given by its name, got Conj',
+        ),
         ({"solver": "newton"}, ValueError, "`solver` must be one of cg, minres, neumann, dense, or an object"),
         ({"solver": ConjugateGradient}, TypeError, "`solver` must be one of .* an object with `solve"),
         ({"solver": 3}, TypeError, "`solver` must be one of .* an object with `solve"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tune_implicit.hypergradients.vectors import flatten, unflatten
+from tune_implicit.hypergradients.vectors import flatten, norm_of, unflatten
 
 F64 = torch.float64
 
@@ -34,3 +34,10 @@ def test_unflatten_does_not_copy() -> None:
     vector = torch.zeros(3)
     unflatten(vector, [torch.empty(2), torch.empty(1)])[1].fill_(1)
     assert torch.equal(vector, torch.tensor([0.0, 0, 1]))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_norm_is_over_all_entries_and_no_square_overflows(count: int) -> None:
+    got = norm_of([torch.tensor([[3e30, 4e30]])] * count)
+    assert got.dtype == F64
+    assert got.item() == pytest.approx(5e30 * count**0.5)

@@ -1,9 +1,28 @@
 from collections.abc import Iterator
+from pathlib import Path
 
+import optuna
 import pytest
 import ray
 
 from tests.support import problems, toy
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A folder for a search, not there yet."""
+    return tmp_path / "found"
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines that a test itself runs, kept off the terminal."""
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,63 +1,42 @@
-"""Spaces, storages and outcomes, which both engines share."""
+"""The study of a search: opened, resumed, queued."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
-from tune_implicit import InvalidTypeError, InvalidValueError, StorageError
-from tune_implicit.searches.outcome import Outcome, failure_of, write_config, write_outcome
-from tune_implicit.searches.space import check_space, suggest
-from tune_implicit.searches.study import direction_of, open_storage
+from tests.support import toy
+from tests.support.toy import Interrupting, run, study_in
+from tune_implicit import InvalidValueError, StorageError
+from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
+from tune_implicit.searches.study import direction_of, end_running, open_storage, queue_interrupted
 
-SPACE = {
-    "lr": FloatDistribution(1e-4, 1.0, log=True),
-    "rate": FloatDistribution(0.0, 1.0, step=0.25),
-    "k": IntDistribution(1, 32, log=True),
-    "width": IntDistribution(16, 64, step=16),
-    "solver": CategoricalDistribution(["cg", "neumann"]),
-}
+# As each version marks a trial that was cut off.
+INTERRUPTED = {"failure": CUT_OFF.failure, "interrupted": True}
+INTERRUPTED_0_2 = {"failure": CUT_OFF.failure}
 
 
-def ask(**arguments: Any) -> optuna.Trial:
-    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), **arguments).ask()
+def study_with(**attributes: Any) -> optuna.Study:
+    """Return a study of one failed trial of `k` = 3."""
+    study = optuna.create_study()
+    params, distributions = {"k": 3}, {"k": IntDistribution(1, 8)}
+    study.add_trial(
+        create_trial(state=TrialState.FAIL, params=params, distributions=distributions, user_attrs=attributes)
+    )
+    return study
 
 
-def test_a_dict_is_suggested_as_it_is() -> None:
-    trial = ask()
-    assert suggest(trial, SPACE) == trial.params
-    assert trial.distributions == SPACE
+def queued(study: optuna.Study) -> list[int]:
+    """Return which trials those repeat that are to run."""
+    return [trial.user_attrs["rerun_of"] for trial in study.trials if trial.state is TrialState.WAITING]
 
 
-@pytest.mark.parametrize("returned", [None, {"a": 1}])
-def test_a_callable_returns_the_config_or_nothing(returned: dict[str, int] | None) -> None:
-    def space(trial: optuna.Trial) -> dict[str, Any] | None:
-        trial.suggest_int("k", 1, 4)
-        return returned
-
-    trial = ask()
-    assert suggest(trial, space) == (trial.params if returned is None else returned)
-
-
-def test_what_is_no_space_is_told() -> None:
-    check_space(SPACE)
-    check_space(lambda trial: None)
-    with pytest.raises(InvalidTypeError, match=r"or a callable\(trial\) that returns a config, got list"):
-        check_space([1])  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match="must name at least one setting"):
-        check_space({})
-    with pytest.raises(InvalidTypeError, match="what does not vary belongs in `settings`"):
-        check_space({"k": 5})  # type: ignore[dict-item]
-    with pytest.raises(InvalidTypeError, match=r"must return the config as a dict, or None .* got 5"):
-        suggest(ask(), lambda trial: 5)  # type: ignore[arg-type, return-value]
+# ---- storages and directions
 
 
 def test_a_url_a_path_or_an_object_is_a_storage(tmp_path: Path) -> None:
@@ -99,32 +78,142 @@ def test_mode_is_a_direction() -> None:
         direction_of("minimize")
 
 
-def test_a_config_that_is_not_the_params_is_written() -> None:
-    trial = ask()
-    write_config(trial, suggest(trial, SPACE))
-    assert trial.user_attrs == {}
-    write_config(trial, {"width": np.int64(64), "lr": np.float32(0.5), "layers": [1, 2], "model": object})
-    config = trial.user_attrs["config"]
-    assert {**config, "model": None} == {"width": 64, "lr": 0.5, "layers": [1, 2], "model": None}
-    assert config["model"] == "<class 'object'>"
+# ---- opened
 
 
-def test_why_a_record_has_no_value() -> None:
-    record = {"select_loss": 0.5, "hvps": 3, "completed": True, "solver_status": "converged", "half": np.float32(0.5)}
-    assert failure_of(record, "select_loss") is None
-    assert failure_of(record, "half") is None
-    assert failure_of({**record, "failure": "diverged"}, "unknown") == "diverged"
-    assert failure_of({**record, "select_loss": math.inf}, "select_loss") == "`select_loss` became inf."
-    with pytest.raises(InvalidValueError, match=r"The trial reports half, hvps, select_loss\."):
-        failure_of(record, "solver_status")
+def test_an_output_already_used_is_an_error(output: Path) -> None:
+    run(output, 1)
+    with pytest.raises(InvalidValueError, match=r"already holds a search.*--resume"):
+        run(output)
 
 
-def test_an_outcome_is_what_json_can_hold() -> None:
-    trial = ask()
-    record = {"loss": 0.5, "nan": math.nan, "inf": math.inf, "nested": {"a": 1}, "status": "cg", "k": 3, "done": True}
-    write_outcome(trial, record, Outcome(TrialState.FAIL, "diverged"))
-    assert trial.user_attrs == {
-        "metrics": {"loss": 0.5, "status": "cg", "k": 3, "done": True},
-        "failure": "diverged",
-    }
-    json.dumps(trial.user_attrs, allow_nan=False)
+def test_an_output_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidValueError, match="must be a folder that can be written to"):
+        run(tmp_path / "file")
+
+
+def test_another_storage_for_the_same_folder_is_an_error(output: Path) -> None:
+    run(output, 1)
+    for resume in (False, True):
+        with pytest.raises(InvalidValueError, match="a search that is not in this `storage`"):
+            run(output, storage=InMemoryStorage(), resume=resume)
+
+
+def test_two_folders_of_one_name_in_one_storage_are_an_error(tmp_path: Path) -> None:
+    storage = InMemoryStorage()
+    run(tmp_path / "a" / "found", 1, storage=storage)
+    with pytest.raises(InvalidValueError, match="or `storage` one of the name 'found'"):
+        run(tmp_path / "b" / "found", 1, storage=storage)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "max"}, {"metric": "error"}])
+def test_a_resumed_search_compares_as_it_did(output: Path, changes: dict[str, str]) -> None:
+    run(output, 1)
+    with pytest.raises(InvalidValueError, match="Pass the same `metric` and `mode`, or another folder"):
+        run(output, 2, resume=True, **changes)
+
+
+def test_a_resumed_search_has_the_same_settings(output: Path) -> None:
+    run(output, n_trials=1)
+    with pytest.raises(InvalidValueError, match=r"holds other `settings`: k, ul_steps would change, from \[None, 6\]"):
+        run(output, resume=True, settings=toy.SETTINGS | {"ul_steps": 8, "k": 2})
+    assert len(run(output, resume=True, settings=toy.SETTINGS | {"seed": 3}).trials) == 3
+
+
+@pytest.mark.parametrize("setting", [lambda x: x, float("nan")], ids=["function", "NaN"])
+def test_a_setting_without_a_value_to_compare_is_no_other_search(output: Path, setting: Any) -> None:
+    def problem(config: Any, data: Any = None) -> Any:
+        return toy.problem({"activation": config["activation"]})
+
+    settings = toy.SETTINGS | {"activation": setting}
+    run(output, n_trials=1, problem=problem, settings=settings)
+    assert len(run(output, n_trials=2, problem=problem, settings=settings, resume=True).trials) == 2
+
+
+def test_a_resumed_search_has_the_same_choices(output: Path) -> None:
+    run(output, 1, space=toy.faulty("none", "nan"))
+    with pytest.raises(InvalidValueError, match=r"Optuna does not mix the two\. Pass the same, or another folder"):
+        run(output, 2, resume=True, space=toy.faulty("none"))
+    # What Optuna can mix may change.
+    assert len(run(output, 2, resume=True, space={"k": IntDistribution(1, 99)}).trials) == 2
+
+
+# ---- resumed
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{}/s.db"])
+def test_a_trial_left_running_by_a_kill_runs_again(output: Path, storage: str | None) -> None:
+    storage = storage and storage.format(output.parent)
+    run(output, 1, storage=storage)
+    killed = study_in(output, storage).ask(toy.SPACE)  # no one will ever tell how it ended
+    resumed = run(output, 2, resume=True, storage=storage)
+    assert [trial.number for trial in resumed.trials] == [0, 2]
+    assert {key: resumed.trials[1].config[key] for key in killed.params} == killed.params
+    trial = study_in(output, storage).trials[1]
+    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, CUT_OFF.failure)
+
+
+def test_a_trial_interrupted_twice_is_queued_once_each_time(output: Path) -> None:
+    factory = Interrupting(at=1)
+    for at in (1, 2, 3):
+        factory.at = at
+        assert run(output, 1, resume=True, problem=factory).interrupted
+    assert len(run(output, 1, resume=True, problem=factory).trials) == 1
+    assert all(config == factory.configs[0] for config in factory.configs)
+    assert factory.calls == 4
+
+
+def test_an_interrupted_trial_that_the_space_no_longer_has_is_not_run_again(output: Path) -> None:
+    run(output, 1, problem=Interrupting(at=1), space={**toy.SPACE, "k": IntDistribution(100, 101)})
+    result = run(output, 2, resume=True)
+    assert [trial.state for trial in result.trials] == ["complete"] * 2
+    assert all(trial.config["k"] <= 8 for trial in result.trials)
+
+
+def test_what_still_runs_is_recorded_as_interrupted_and_no_other() -> None:
+    study = study_with(failure="diverged")
+    study.tell(study.ask(), 1.0)
+    study.ask()
+    end_running(study)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]
+    assert [is_interrupted(trial) for trial in study.trials] == [False, False, True]
+
+
+@pytest.mark.parametrize("attributes", [INTERRUPTED, INTERRUPTED_0_2])
+@pytest.mark.parametrize("space", [{"k": IntDistribution(1, 99)}, lambda trial: None], ids=["dict", "callable"])
+def test_an_interrupted_trial_is_queued_once(attributes: dict[str, Any], space: Any) -> None:
+    study = study_with(**attributes)
+    for _ in range(2):
+        queue_interrupted(study, space)
+    assert queued(study) == [0]
+    assert study.ask({"k": IntDistribution(1, 99)}).params == {"k": 3}
+
+
+def test_a_trial_that_failed_by_itself_is_not_queued() -> None:
+    study = study_with(failure="diverged")
+    queue_interrupted(study, {"k": IntDistribution(1, 8)})
+    assert queued(study) == []
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"k": IntDistribution(4, 8)},
+        {"k": CategoricalDistribution(["few", "many"])},
+        {"k": IntDistribution(1, 8), "width": IntDistribution(1, 8)},
+        {"width": IntDistribution(1, 8)},
+    ],
+)
+def test_an_interrupted_trial_is_not_queued_that_the_space_does_not_have(space: Any) -> None:
+    study = study_with(**INTERRUPTED)
+    queue_interrupted(study, space)
+    assert queued(study) == []
+
+
+def test_a_trial_interrupted_before_it_had_a_config_is_not_queued() -> None:
+    study = optuna.create_study()
+    study.ask()
+    queue_interrupted(study, lambda trial: None)
+    assert is_interrupted(study.trials[0])
+    assert queued(study) == []

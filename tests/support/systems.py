@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.support.problems import F64, generator, symmetric
-from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Status
+from tune_implicit.hypergradients.settings import SolverSettings
+from tune_implicit.hypergradients.solvers.solution import Hvp, Solution, Solver, Status
+
+# The solvers that go step by step, by the names that a setting has for them.
+ITERATIVE = ("cg", "minres", "neumann")
 
 
 def times(h: Tensor) -> Hvp:
@@ -21,6 +25,20 @@ def vector(n: int = 8, seed: int = 0) -> Tensor:
 def spd(n: int = 8, condition: float = 20.0, seed: int = 0) -> Tensor:
     """Eigenvalues from ``1.9 / condition`` to 1.9, so that the Neumann series converges with step size 1."""
     return symmetric(1.9 * torch.logspace(0, -math.log10(condition), n, dtype=F64), seed)
+
+
+def krylov(h: Tensor, b: Tensor, k: int) -> Tensor:
+    """An orthonormal basis of ``b, H b, ...``, of shape (n, k)."""
+    powers = [b]
+    for _ in range(k - 1):
+        powers.append(h @ powers[-1] / powers[-1].norm())
+    return torch.linalg.qr(torch.stack(powers, dim=1))[0]
+
+
+def named_solver(
+    name: str, k: int = 500, tolerance: float = 1e-10, step_size: float = 1.0, rtol: float = 0.0
+) -> Solver:
+    return SolverSettings(solver=name, step_size=step_size, k=k, tolerance=tolerance, rtol=rtol).make_solver()
 
 
 def assert_certified(solution: Solution, h: Tensor, b: Tensor, bound: bool = False) -> None:
@@ -54,6 +72,16 @@ class Counted:
     def __call__(self, v: Tensor) -> Tensor:
         self.count += 1
         return self.h @ v
+
+
+class Says:
+    """A solver that returns its right-hand side with the residual norm it is told."""
+
+    def __init__(self, residual_norm: float, status: Status = Status.CONVERGED, factor: float = 1.0) -> None:
+        self.residual_norm, self.status, self.factor = residual_norm, status, factor
+
+    def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
+        return Solution(self.factor * b, self.status, 1, self.residual_norm)
 
 
 def saved_and_loaded(state: dict) -> dict:

@@ -8,13 +8,15 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from torch import Tensor, nn
 
 from tests.support.problems import F64, Values, generator
-from tune_implicit import BilevelProblem, SearchResult, State, search
+from tune_implicit import BilevelProblem, ImplicitObjective, SearchResult, State, search
+from tune_implicit.searches.study import open_storage
 
 SPACE = {"k": IntDistribution(1, 8), "ll_learning_rate": FloatDistribution(1e-3, 1e-1, log=True)}
 # Three reports a trial.
@@ -70,6 +72,29 @@ def faulty(*faults: str) -> dict[str, Any]:
     return {**SPACE, "fault": CategoricalDistribution(faults)}
 
 
+class Interrupting:
+    """A factory whose n-th call presses Ctrl-C, or raises another error."""
+
+    def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.at, self.error, self.calls, self.configs = at, error, 0, []
+
+    def __call__(self, config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
+        self.calls += 1
+        self.configs.append(dict(config))
+        if self.calls == self.at:
+            raise self.error("pressed")
+        return problem(config)
+
+
+class InTurn(RandomSampler):
+    """Give one trial after the other the next choice of a categorical setting."""
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return param_distribution.choices[trial.number % len(param_distribution.choices)]
+
+
 class PruneAt(BasePruner):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -83,3 +108,16 @@ def run(output: Path, n_trials: int = 3, **arguments: Any) -> SearchResult:
     arguments = {"backend": "optuna", "settings": SETTINGS, "space": SPACE, "problem": problem} | arguments
     made_by, space = arguments.pop("problem"), arguments.pop("space")
     return search(made_by, space, n_trials=n_trials, output=output, **arguments)
+
+
+def study_in(output: Path, storage: Any = None) -> optuna.Study:
+    """Return the study of the search in ``output``."""
+    return optuna.load_study(storage=open_storage(storage or str(output / "study.journal")), study_name=output.name)
+
+
+def on_optuna(params: dict[str, Any], space: Any = None) -> FrozenTrial:
+    """Return the trial of ``params`` as Optuna alone runs it."""
+    study = optuna.create_study()
+    study.enqueue_trial(params)
+    study.optimize(ImplicitObjective(problem, space or SPACE, settings=SETTINGS), n_trials=1)
+    return study.trials[0]

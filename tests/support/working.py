@@ -1,4 +1,4 @@
-"""A problem that a check finds nothing wrong with."""
+"""What works: a problem that a check finds nothing wrong with, and a trial that is taken to its end."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch.nn.functional import mse_loss
 
 from tests.support.problems import F64, Values, generator
 from tune_implicit import BilevelProblem, ImplicitSettings, State
+from tune_implicit.trials.record import Record
+from tune_implicit.trials.trial import Trial
 
 N, D = 60, 4
 
@@ -46,3 +48,10 @@ def working(**changes: Any) -> BilevelProblem:
 class LearningRate(Values):
     def __init__(self) -> None:
         super().__init__(log_l2=torch.full((D,), -3.0, dtype=F64), log_lr=torch.zeros((), dtype=F64))
+
+
+def finish(trial: Trial) -> Record:
+    """Return the last record of ``trial``."""
+    while not trial.completed:
+        record = trial.advance()
+    return record

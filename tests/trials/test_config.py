@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ def test_what_the_search_picked_overrides_the_settings() -> None:
     assert merged(None, {"k": 2}) == {"k": 2}
 
 
-def read_by_get(config):
+def read_by_get(config: TrackedConfig) -> None:
     assert config.get("width") == 64
     assert config.get("height") is None
     assert config.get("depth", 7) == 2
@@ -44,7 +45,7 @@ READS_OF_EVERYTHING = {
 
 
 @pytest.mark.parametrize("read", READS_OF_EVERYTHING.values(), ids=READS_OF_EVERYTHING)
-def test_every_way_to_read_counts(read) -> None:
+def test_every_way_to_read_counts(read: Callable[[TrackedConfig], object]) -> None:
     config = TrackedConfig({"width": 64, "depth": 2, "k": 3})
     read(config)
     config.check_all_read()
@@ -59,7 +60,7 @@ def test_pattern_matching_reads() -> None:
 
 
 @pytest.mark.parametrize("look", [len, bool, lambda config: "width" in config], ids=["len", "bool", "in"])
-def test_looking_is_not_reading(look) -> None:
+def test_looking_is_not_reading(look: Callable[[TrackedConfig], object]) -> None:
     config = TrackedConfig({"width": 64})
     look(config)
     with pytest.raises(ValueError, match=r"No one reads the config's 'width'\. Read it in your problem's factory"):

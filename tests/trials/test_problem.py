@@ -1,35 +1,12 @@
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from tests.support.problems import Values, quadratic
-from tune_implicit.hypergradients.state import State, check_models, named_trainable
-from tune_implicit.trials.record import RESERVED
+from tests.support.problems import Values, compute, quadratic
 
 PROBLEM = quadratic().problem
-
-
-def test_state_reads_by_attribute_and_by_name() -> None:
-    state = State(1, 2, PROBLEM.ul_model, PROBLEM.ll_model)
-    assert [state[name] for name in ("data", "target", "ul_model", "ll_model")] == [
-        state.data,
-        state.target,
-        state.ul_model,
-        state.ll_model,
-    ]
-    # A method's name is no field's name.
-    for name in ("labels", "__class__"):
-        with pytest.raises(KeyError, match="a state holds data, target, ul_model, ll_model"):
-            state[name]
-
-
-def test_named_trainable_takes_a_tied_parameter_once_and_a_frozen_one_never() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    model[2].requires_grad_(False)
-    assert list(named_trainable(model)) == ["0.weight", "0.bias", "1.bias"]
 
 
 def one() -> torch.Tensor:
@@ -64,7 +41,7 @@ def one() -> torch.Tensor:
         ({"metrics": {"ul_step": len, "hvps": len, "mine": len}}, ValueError, "itself reports, got hvps, ul_step"),
     ],
 )
-def test_messages(change, error, message) -> None:
+def test_messages(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         replace(PROBLEM, **change)
 
@@ -73,14 +50,18 @@ def test_a_problem_needs_no_select_data() -> None:
     assert replace(PROBLEM, select_data=None).select_data is None
 
 
-def test_frozen_parameters_may_lie_anywhere_and_be_shared() -> None:
-    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
-    ul_model, ll_model = (Values(trained=one()) for _ in range(2))
-    ul_model.frozen = ll_model.frozen = frozen
-    check_models(ul_model, ll_model)
+def test_trials_are_compared_on_select_data_or_without_it_on_validate_data() -> None:
+    assert PROBLEM.selected_on == "select_data"
+    assert replace(PROBLEM, select_data=None).selected_on == "validate_data"
 
 
-def test_design_names_of_the_metrics_are_reserved() -> None:
-    design = "select_loss validate_loss train_loss hypergradient_norm residual_norm relative_residual solver_steps"
-    design += " solver_status skipped_ul_steps hvps gradient_evaluations ul_step ll_step completed"
-    assert set(design.split()) <= RESERVED
+def test_a_problem_makes_what_computes_its_hypergradients() -> None:
+    case = quadratic()
+    implicit = case.problem.implicit(solver="cg", ll_learning_rate=0.1, k=20)
+    assert (implicit.settings.solver, implicit.settings.k) == ("cg", 20)
+    torch.testing.assert_close(compute(implicit, case.problem).gradients, case.expected)
+
+
+def test_a_problem_cannot_be_changed_once_it_is_checked() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PROBLEM.train_data = []

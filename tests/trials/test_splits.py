@@ -1,5 +1,7 @@
 import random
 from collections import namedtuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +100,7 @@ def test_stream_repeats_a_list_for_ever() -> None:
     assert [int(stream.next()[0][0]) for _ in range(5)] == [0, 100, 0, 100, 0]
 
 
-def test_a_state_is_plain_data(tmp_path) -> None:
+def test_a_state_is_plain_data(tmp_path: Path) -> None:
     stream = BatchStream("train_data", DATA["own generator"]())
     stream.next()
     torch.save(stream.state_dict(), tmp_path / "state.pt")
@@ -107,10 +109,9 @@ def test_a_state_is_plain_data(tmp_path) -> None:
     assert take(stream, 5, draw=False) == expected
 
 
-def test_nested_batches() -> None:
+def test_tensors_in_any_nesting_are_moved_and_the_rest_is_left() -> None:
     Pair = namedtuple("Pair", "x y")
     nested = {"a": [X, (Y, 3)], "b": None, "c": Pair(X, "text")}
-    assert [id(tensor) for tensor in tensors_of(nested)] == [id(X), id(Y), id(X)]
     moved = move(nested, torch.device("meta"))
     assert [tensor.device.type for tensor in tensors_of(moved)] == ["meta"] * 3
     assert (moved["a"][1][1], moved["b"], moved["c"].y) == (3, None, "text")
@@ -130,7 +131,7 @@ class Empty:
     [[], (), DataLoader(TensorDataset(X[:2]), batch_size=4, drop_last=True)],
     ids=["list", "tuple", "loader that drops its only batch"],
 )
-def test_message_of_a_split_known_to_be_empty(data) -> None:
+def test_message_of_a_split_known_to_be_empty(data: object) -> None:
     with pytest.raises(ValueError, match=r"`select_data` must hold at least one batch, got none\. Check the split"):
         check_split("select_data", data)
 
@@ -144,7 +145,7 @@ def test_message_of_a_split_that_turns_out_empty() -> None:
 
 
 @pytest.mark.parametrize("data", [iter([(X, Y)]), zip(X, Y, strict=True), ((x, x) for x in X), 3, None], ids=repr)
-def test_message_of_what_cannot_be_read_twice(data) -> None:
+def test_message_of_what_cannot_be_read_twice(data: object) -> None:
     with pytest.raises(TypeError, match=r"`train_data` must be a re-iterable of .*got .*Pass a list of pairs or a"):
         check_split("train_data", data)
 
@@ -165,6 +166,6 @@ def test_a_split_needs_no_length(kind: str) -> None:
         (["xy"], "str"),
     ],
 )
-def test_message_of_a_batch_that_is_no_pair(data, got: str) -> None:
+def test_message_of_a_batch_that_is_no_pair(data: Any, got: str) -> None:
     with pytest.raises(TypeError, match=rf"must yield \(data, target\) pairs, got {got}\. .*pass \[\(data, target\)\]"):
         list(batches_of("train_data", data))

@@ -39,7 +39,7 @@ def go_on(source: str, target: str, steps: int) -> None:
 
 # After the second step the training pass is half read, after the fifth the validation pass has just ended.
 @pytest.mark.parametrize("saved_after", [0, 2, 5])
-def test_resume_in_a_new_process_ends_in_the_same_bits(saved_after: int, tmp_path: Path):
+def test_resume_in_a_new_process_ends_in_the_same_bits(saved_after: int, tmp_path: Path) -> None:
     trainer, steps = make_trainer(), 7
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     for step in range(steps):
@@ -53,7 +53,7 @@ def test_resume_in_a_new_process_ends_in_the_same_bits(saved_after: int, tmp_pat
     assert_same_bits(torch.load(target, weights_only=True), trainer.state_dict())
 
 
-def test_state_of_another_trial_keeps_own_settings():
+def test_state_of_another_trial_keeps_own_settings() -> None:
     """The trap of population-based training: ``optimizer.load_state_dict`` brings back the donor's options."""
     donor = make_trainer(weight_decay=0.3)
     donor.step()
@@ -72,7 +72,7 @@ def test_state_of_another_trial_keeps_own_settings():
     assert ll_group["lr"] == 0.002
 
 
-def test_options_that_an_optimizer_changes_itself_survive_a_resume():
+def test_options_that_an_optimizer_changes_itself_survive_a_resume() -> None:
     trainer = make_trainer()
     trainer._ll_optimizer.param_groups[0]["lr"] = 0.5
     resumed = make_trainer()
@@ -80,7 +80,7 @@ def test_options_that_an_optimizer_changes_itself_survive_a_resume():
     assert resumed._ll_optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_trainer_finds_the_best_ul_values():
+def test_trainer_finds_the_best_ul_values() -> None:
     """At the end the whole derivative of ``F(w*(l), l)`` vanishes, at the minimum that linear algebra gives."""
     case = quadratic()
     problem = replace(case.problem, ll_optimizer=torch.optim.SGD)
@@ -92,7 +92,7 @@ def test_trainer_finds_the_best_ul_values():
 
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
-def test_failed_solve(policy: str):
+def test_failed_solve(policy: str) -> None:
     # The step size is also that of the Neumann series, far above 2 / lambda_max = 0.5.
     settings = ImplicitSettings(ll_learning_rate=3.0, ll_steps=0, on_failure=policy)
     trainer = BilevelTrainer(quadratic().problem, settings)
@@ -106,7 +106,7 @@ def test_failed_solve(policy: str):
         assert torch.equal(trainer.problem.ul_model.ul, before)
 
 
-def test_project_constrains_the_ul_values():
+def test_project_constrains_the_ul_values() -> None:
     def project(ul_model: nn.Module) -> None:
         ul_model.log_l2.clamp_(max=-4.0)
 
@@ -117,14 +117,14 @@ def test_project_constrains_the_ul_values():
     assert (problem.ul_model.log_l2 <= -4).all()
 
 
-def test_without_ul_learning_rate_only_the_ll_model_trains():
+def test_without_ul_learning_rate_only_the_ll_model_trains() -> None:
     trainer = make_trainer(replace(SETTINGS, ul_learning_rate=0.0))
     before = trainer.problem.ul_model.log_l2.item()
     assert trainer.step().hypergradient is None
     assert (trainer.problem.ul_model.log_l2.item(), trainer.ll_step, trainer.hvps) == (before, 5, 0)
 
 
-def test_costs_are_counted():
+def test_costs_are_counted() -> None:
     trainer = make_trainer()
     hypergradient = trainer.step().hypergradient
     assert trainer.ll_step == 5  # 2 of warm-up
@@ -133,13 +133,13 @@ def test_costs_are_counted():
     assert trainer.step().hypergradient.hvps == 4  # the warm start
 
 
-def test_ll_steps_leave_the_ul_gradient_alone():
+def test_ll_steps_leave_the_ul_gradient_alone() -> None:
     trainer = make_trainer()
     trainer.train_ll(2)
     assert trainer.problem.ul_model.log_l2.grad is None
 
 
-def test_optimizer_that_evaluates_the_loss_several_times():
+def test_optimizer_that_evaluates_the_loss_several_times() -> None:
     problem = replace(tiny_mlp(), ll_optimizer=lambda params, lr: torch.optim.LBFGS(params, lr=lr, max_iter=4))
     trainer = BilevelTrainer(problem, ImplicitSettings(ll_learning_rate=0.5, ll_steps=2, k=2))
     losses = [trainer.step().train_loss for _ in range(3)]
@@ -147,7 +147,7 @@ def test_optimizer_that_evaluates_the_loss_several_times():
     assert trainer.gradient_evaluations > trainer.ll_step + 3 * (2 + 2 * 3 + 2)
 
 
-def test_divergence_names_the_steps_and_the_learning_rate():
+def test_divergence_names_the_steps_and_the_learning_rate() -> None:
     settings = ImplicitSettings(ll_learning_rate=1e8, ll_steps=40)
     problem = replace(quadratic().problem, ll_optimizer=torch.optim.SGD)
     with pytest.raises(DivergedError, match=r"within ll steps 1 to 40, with ll_learning_rate=1e\+08"):
@@ -158,18 +158,18 @@ def test_divergence_names_the_steps_and_the_learning_rate():
     ("state", "message"),
     [({"format_version": 99}, "format version 2, got 99"), ([], "got list")],
 )
-def test_state_of_another_format(state: object, message: str):
+def test_state_of_another_format(state: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         make_trainer().load_state_dict(state)
 
 
-def test_state_of_other_shapes():
+def test_state_of_other_shapes() -> None:
     other = BilevelTrainer(tiny_mlp(), SETTINGS)
     with pytest.raises(CheckpointError, match=r"(?s)does not fit this problem.*such as its width"):
         make_trainer().load_state_dict(other.state_dict())
 
 
-def test_batches_are_moved_to_the_models(monkeypatch: pytest.MonkeyPatch):
+def test_batches_are_moved_to_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a second device at hand: every batch passes through the one function that moves it."""
     seen = []
     monkeypatch.setattr("tune_implicit.trials.trainer.move", lambda nested, device: seen.append(device) or nested)
@@ -177,7 +177,7 @@ def test_batches_are_moved_to_the_models(monkeypatch: pytest.MonkeyPatch):
     assert seen == [torch.device("cpu")] * 7
 
 
-def test_scalar_ul_value_reaches_the_best_on_a_regression():
+def test_scalar_ul_value_reaches_the_best_on_a_regression() -> None:
     """One L2 value, learned from 0: its validation loss ends no higher than at any value of a fine grid."""
     x, x_validate = (torch.randn(30, 20, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
     truth = torch.randn(20, 1, generator=generator(2), dtype=torch.float64)
@@ -228,7 +228,7 @@ def saved_and_loaded(trainer: BilevelTrainer) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def test_warm_start_is_the_default():
+def test_warm_start_is_the_default() -> None:
     trainer = make_trainer(REMEMBERING["neumann"])
     assert trainer.state_dict()["implicit"]["v"] is None
     hypergradient = trainer.step().hypergradient
@@ -237,13 +237,13 @@ def test_warm_start_is_the_default():
     assert trainer.step().hypergradient.hvps == 3 + 1
 
 
-def test_without_a_warm_start_each_solve_costs_the_same():
+def test_without_a_warm_start_each_solve_costs_the_same() -> None:
     trainer = make_trainer(REMEMBERING["cold"])
     assert [trainer.step().hypergradient.hvps for _ in range(3)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("settings", REMEMBERING.values(), ids=REMEMBERING)
-def test_what_a_solve_remembers_is_part_of_the_state(settings: ImplicitSettings):
+def test_what_a_solve_remembers_is_part_of_the_state(settings: ImplicitSettings) -> None:
     trainer = make_trainer(settings)
     for _ in range(3):
         assert not trainer.step().hypergradient.status.failed
@@ -258,7 +258,7 @@ def test_what_a_solve_remembers_is_part_of_the_state(settings: ImplicitSettings)
     assert_same_bits(resumed.state_dict(), trainer.state_dict())
 
 
-def test_state_holds_what_its_solver_learns():
+def test_state_holds_what_its_solver_learns() -> None:
     for name, empty in {
         "neumann": {"top": True, "preconditioner": True},
         "auto": {"top": False, "preconditioner": True},
@@ -272,7 +272,7 @@ def test_state_holds_what_its_solver_learns():
 
 @pytest.mark.parametrize("donor", REMEMBERING.values(), ids=REMEMBERING)
 @pytest.mark.parametrize("own", REMEMBERING.values(), ids=REMEMBERING)
-def test_state_of_another_solver_loads(own: ImplicitSettings, donor: ImplicitSettings):
+def test_state_of_another_solver_loads(own: ImplicitSettings, donor: ImplicitSettings) -> None:
     source, trainer = make_trainer(donor), make_trainer(own)
     for _ in range(2):
         source.step()
@@ -299,7 +299,7 @@ def failing_trainer(batches: str = "bad", steps: int = 0, **settings: object) ->
     return trainer
 
 
-def test_fallback_answers_and_is_counted():
+def test_fallback_answers_and_is_counted() -> None:
     trainer = failing_trainer("bad good", on_failure="fallback")
     before = trainer.problem.ul_model.ul.clone()
     hypergradient = trainer.step().hypergradient
@@ -312,13 +312,13 @@ def test_fallback_answers_and_is_counted():
     assert (trainer.fallback_ul_steps, trainer.skipped_ul_steps, trainer.ul_step) == (1, 0, 2)
 
 
-def test_without_fallback_no_other_solver_is_tried():
+def test_without_fallback_no_other_solver_is_tried() -> None:
     trainer = failing_trainer()
     assert trainer.step().hypergradient.attempts == ()
     assert (trainer.fallback_ul_steps, trainer.skipped_ul_steps) == (0, 1)
 
 
-def test_where_all_solvers_fail_the_step_is_skipped_and_told(caplog: pytest.LogCaptureFixture):
+def test_where_all_solvers_fail_the_step_is_skipped_and_told(caplog: pytest.LogCaptureFixture) -> None:
     problem = quadratic().problem
     problem = replace(problem, train_data=[(torch.nan * h, c) for h, c in problem.train_data])
     trainer = BilevelTrainer(problem, ImplicitSettings(solver="cg", ll_steps=0, on_failure="fallback"))
@@ -328,7 +328,7 @@ def test_where_all_solvers_fail_the_step_is_skipped_and_told(caplog: pytest.LogC
     assert "Tried: cg non_finite." in caplog.text
 
 
-def test_stop_ends_the_trial_after_so_many_in_a_row():
+def test_stop_ends_the_trial_after_so_many_in_a_row() -> None:
     trainer = failing_trainer(on_failure="stop", failures_to_stop=3, steps=2)
     assert trainer.skipped_ul_steps == 2
     with pytest.raises(SolveError, match=r"ul step 3 ended as negative_curv.* add `damping`.*failed solve 3 in a row"):
@@ -336,19 +336,19 @@ def test_stop_ends_the_trial_after_so_many_in_a_row():
     assert trainer.skipped_ul_steps == 3
 
 
-def test_stop_says_which_step_size_would_do():
+def test_stop_says_which_step_size_would_do() -> None:
     settings = ImplicitSettings(ll_learning_rate=3.0, ll_steps=0, on_failure="stop", failures_to_stop=1)
     trainer = BilevelTrainer(quadratic().problem, settings)
     with pytest.raises(SolveError, match=r"largest eigenvalue .* at least .* must be below .* failed solve 1 in a row"):
         trainer.step()
 
 
-def test_a_good_solve_starts_the_count_anew():
+def test_a_good_solve_starts_the_count_anew() -> None:
     trainer = failing_trainer("bad bad good", on_failure="stop", failures_to_stop=3, steps=9)
     assert trainer.skipped_ul_steps == 6
 
 
-def test_the_count_survives_a_resume():
+def test_the_count_survives_a_resume() -> None:
     settings = {"on_failure": "stop", "failures_to_stop": 3}
     trainer = failing_trainer(**settings, steps=2)
     resumed = failing_trainer(**settings)
@@ -357,7 +357,7 @@ def test_the_count_survives_a_resume():
         resumed.step()
 
 
-def test_a_state_after_too_many_failures_stops_a_stricter_trainer():
+def test_a_state_after_too_many_failures_stops_a_stricter_trainer() -> None:
     resumed = failing_trainer(on_failure="stop", failures_to_stop=2)
     resumed.load_state_dict(failing_trainer(steps=4).state_dict())
     with pytest.raises(SolveError, match="failed solve 5 in a row"):
@@ -374,7 +374,7 @@ def test_a_state_after_too_many_failures_stops_a_stricter_trainer():
 )
 def test_a_skipped_step_is_logged_with_its_reason(
     batches: str, settings: dict, status: Status, reason: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     with caplog.at_level("DEBUG", "tune_implicit.trials.trainer"):
         failing_trainer(batches, **settings, steps=1)
     assert f"ul step 1 ended as {status.value} after" in caplog.text
@@ -382,7 +382,7 @@ def test_a_skipped_step_is_logged_with_its_reason(
     assert "The ul step is skipped." in caplog.text
 
 
-def test_the_reason_leads_to_a_solve_that_works():
+def test_the_reason_leads_to_a_solve_that_works() -> None:
     bad = failing_trainer(steps=1)
     assert bad.skipped_ul_steps == 1
     for change in ({"damping": 5.0}, {"solver": "minres"}, {"on_failure": "fallback"}):
@@ -392,7 +392,7 @@ def test_the_reason_leads_to_a_solve_that_works():
 @pytest.mark.parametrize(
     "change", [{}, {"stop": "noise"}, {"verify": True}, {"step_size": "auto", "solver": "neumann"}], ids=str
 )
-def test_costs_of_the_options_are_counted(change: dict):
+def test_costs_of_the_options_are_counted(change: dict) -> None:
     trainer = make_trainer(replace(REMEMBERING["cold"], ll_steps=0, warmup_ll_steps=0, **change))
     hypergradient = trainer.step().hypergradient
     assert trainer.hvps == hypergradient.hvps

@@ -1,8 +1,6 @@
-"""ImplicitObjective in an ordinary study."""
+"""ImplicitObjective in an ordinary study; what it shares with Ray Tune is in ``test_contract.py``."""
 
-import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,15 @@ import pytest
 import torch
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tests.support import toy
 from tests.support.toy import PruneAt
 from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError
+from tune_implicit.searches.engines.optuna_study import saved_at
 from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def objective(space: Any = None, **arguments: Any) -> ImplicitObjective:
@@ -44,35 +37,9 @@ def run_one(objective: ImplicitObjective, study: optuna.Study | None = None, **p
     return study.trials[-1]
 
 
-def test_a_trial_completes_with_its_value_and_metrics() -> None:
-    trial = run_one(objective())
-    assert trial.state is TrialState.COMPLETE
-    assert trial.user_attrs["metrics"]["select_loss"] == trial.value
-    assert trial.user_attrs["metrics"]["completed"] is True
-    assert {"validate_loss", "error", "hvps", "solver_status", "gradient_evaluations"} <= set(
-        trial.user_attrs["metrics"]
-    )
-    assert "failure" not in trial.user_attrs
-    assert "config" not in trial.user_attrs  # its params are its config
-
-
-def test_every_record_is_reported_at_its_ul_step() -> None:
-    trial = run_one(objective())
-    assert list(trial.intermediate_values) == [2, 4, 6]
-    assert trial.intermediate_values[6] == trial.value
-
-
 def test_any_metric_of_the_record_is_the_value() -> None:
     trial = run_one(objective(metric="error"), new_study(direction="maximize"))
     assert trial.value == trial.user_attrs["metrics"]["error"]
-
-
-def test_a_pruned_trial_keeps_its_last_value() -> None:
-    trial = run_one(objective(), new_study(pruner=PruneAt(4)))
-    assert trial.state is TrialState.PRUNED
-    assert trial.value == trial.intermediate_values[4] == trial.user_attrs["metrics"]["select_loss"]
-    assert trial.user_attrs["metrics"]["ul_step"] == 4
-    assert "failure" not in trial.user_attrs
 
 
 def test_a_pruner_has_no_say_at_the_last_step() -> None:
@@ -82,15 +49,6 @@ def test_a_pruner_has_no_say_at_the_last_step() -> None:
 def test_optunas_own_pruners_prune() -> None:
     study = new_study(pruner=optuna.pruners.ThresholdPruner(upper=-1.0))
     assert run_one(objective(), study).state is TrialState.PRUNED
-
-
-def test_a_diverging_trial_fails_with_its_reason_and_the_study_goes_on() -> None:
-    study = new_study()
-    for fault in ("nan", "none", "nan"):
-        run_one(objective(toy.faulty("none", "nan")), study, fault=fault)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]
-    assert "The ll loss became nan" in study.trials[0].user_attrs["failure"]
-    assert study.best_trial.number == 1
 
 
 def test_a_failed_solve_fails_the_trial_if_asked_to() -> None:
@@ -140,17 +98,6 @@ def test_ctrl_c_anywhere_in_a_trial_leaves_it_marked_as_interrupted(place: str) 
     assert is_interrupted(study.trials[0])
 
 
-def test_no_number_in_a_study_is_nan(tmp_path: Path) -> None:
-    study = new_study()
-    space = toy.faulty("none", "nan", "indefinite")
-    study.optimize(objective(space, artifact_store=FileSystemArtifactStore(tmp_path)), n_trials=8)
-    numbers = [value for trial in study.trials for value in trial.user_attrs["metrics"].values()]
-    numbers += [value for trial in study.trials for value in trial.intermediate_values.values()]
-    numbers += [trial.value for trial in study.trials if trial.state is not TrialState.FAIL]
-    assert len(numbers) > 50
-    assert all(math.isfinite(number) for number in numbers if not isinstance(number, str))
-
-
 def test_a_key_that_no_one_reads_is_an_error() -> None:
     space = {**toy.SPACE, "ul_learning_rat": FloatDistribution(0.1, 1.0)}
     with pytest.raises(InvalidValueError, match=r"'ul_learning_rat' \(did you mean 'ul_learning_rate'\?\)"):
@@ -184,41 +131,6 @@ def test_a_metric_that_is_no_number_is_an_error(metric: str) -> None:
 def test_a_space_is_checked_at_once(space: Any, message: str) -> None:
     with pytest.raises((InvalidValueError, InvalidTypeError), match=message):
         ImplicitObjective(toy.problem, space)
-
-
-def test_a_define_by_run_space_returns_the_whole_config() -> None:
-    seen = {}
-
-    def space(trial: optuna.Trial) -> dict[str, Any]:
-        exponent = trial.suggest_float("exponent", -3, -1)
-        return {"ll_learning_rate": 10**exponent, "k": np.int64(4)}
-
-    def problem(config: Any) -> Any:
-        seen.update(config)
-        return toy.problem(config)
-
-    study = new_study()
-    study.optimize(objective(space, problem=problem), n_trials=1)
-    (trial,) = study.trials
-    assert set(trial.params) == {"exponent"}
-    # NumPy's numbers, which JSON does not know, stay numbers.
-    assert trial.user_attrs["config"] == {"ll_learning_rate": 10 ** trial.params["exponent"], "k": 4}
-    assert seen == {**toy.SETTINGS, **trial.user_attrs["config"]}
-
-
-def test_a_define_by_run_space_that_returns_nothing_means_its_params() -> None:
-    def space(trial: optuna.Trial) -> None:
-        trial.suggest_int("k", 1, 4)
-
-    study = new_study()
-    study.optimize(objective(space), n_trials=1)
-    assert study.trials[0].state is TrialState.COMPLETE
-    assert "config" not in study.trials[0].user_attrs
-
-
-def test_a_define_by_run_space_that_returns_something_else_is_an_error() -> None:
-    with pytest.raises(InvalidTypeError, match=r"`space\(trial\)` must return the config as a dict"):
-        new_study().optimize(objective(lambda trial: trial.suggest_int("k", 1, 4)), n_trials=1)
 
 
 def test_settings_stand_under_the_space() -> None:
@@ -319,3 +231,9 @@ def test_a_failed_trial_is_saved_as_well(tmp_path: Path) -> None:
     store = FileSystemArtifactStore(tmp_path)
     trial = run_one(objective(toy.faulty("nan"), artifact_store=store), fault="nan")
     assert (tmp_path / trial.user_attrs["checkpoint"]).exists()
+
+
+def test_a_trial_is_found_where_it_was_saved() -> None:
+    saved = create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs={"checkpoint": "a1"})
+    other = create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs={"ray_trial_id": "a1"})
+    assert (saved_at(saved), saved_at(other)) == ("artifacts/a1", None)

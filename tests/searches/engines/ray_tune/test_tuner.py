@@ -1,0 +1,93 @@
+"""``search`` on Ray Tune: what no other engine does; the rest is in ``engines/test_contract.py``."""
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from tests.support import toy
+from tests.support.toy import InTurn, run, study_in
+from tune_implicit import ImplicitOptunaSearch
+from tune_implicit.searches.engines.base import Work
+from tune_implicit.searches.engines.ray_tune import tuner
+from tune_implicit.searches.outcome import is_interrupted
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_search_goes_on_after_a_trial_whose_worker_dies_each_time(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A worker that dies once is started again, one that dies twice no more.
+    monkeypatch.setattr(tuner, "MAX_WORKER_FAILURES", 1)
+
+    def problem(config: Any) -> Any:
+        deaths = output / f"{config['fault']} deaths"
+        if config["fault"] == "death" or (config["fault"] == "one death" and not deaths.exists()):
+            with deaths.open("a") as file:
+                file.write("+")
+            os._exit(1)
+        return toy.problem(config)
+
+    space = {"fault": CategoricalDistribution(["death", "one death", "none"])}
+    found = run(output, 3, backend="ray", problem=problem, space=space, sampler=InTurn())
+    assert [trial.state for trial in found.trials] == ["failed", "complete", "complete"]
+    assert not found.interrupted
+    assert "lost its worker" in found.trials[0].failure
+    assert (output / "death deaths").read_text() == "++"
+    assert found.trials[1].value == found.trials[2].value
+
+
+def test_trials_that_run_when_the_time_is_over_are_ended(output: Path) -> None:
+    endless = toy.SETTINGS | {"ul_steps": 10**9}
+    found = run(output, 2, backend="ray", settings=endless, time_budget_s=3)
+    assert not found.interrupted  # it ended as it was asked to
+    assert found.trials == []
+    trials = study_in(output).trials
+    assert trials
+    assert all(is_interrupted(trial) for trial in trials)
+
+
+def raised_with(error: Exception, output: Path, monkeypatch: pytest.MonkeyPatch) -> BaseException:
+    """Return what a run raises whose watcher has seen ``error``."""
+
+    def seen(self: Any, searcher: Any, watcher: Any, *arguments: Any) -> Any:
+        return SimpleNamespace(fit=lambda: setattr(watcher, "error", error))
+
+    monkeypatch.setattr(tuner.RayEngine, "_tuner", seen)
+    work = Work(toy.problem, toy.SPACE, None, toy.SETTINGS, "select_loss", "min", output)
+    with pytest.raises(Exception, match="wrong") as caught:
+        tuner.RayEngine(work).run(optuna.create_study(study_name="s"), 1, None, lambda: None)
+    return caught.value
+
+
+def test_what_a_trial_raised_is_raised_and_comes_from_the_workers_traceback(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake = toy.MistakeError("the factory is wrong")
+    remote = RayTaskError("train", "Traceback ...", mistake, pid=1, ip="127.0.0.1")
+    raised = raised_with(remote, output, monkeypatch)
+    assert (raised, raised.__cause__) == (mistake, remote)
+
+
+def test_what_keeps_a_worker_from_beginning_is_raised(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = toy.MistakeError("the path is wrong")
+    remote = RayTaskError("__init__", f"Traceback ...\n{mistake}", mistake, pid=1, ip="127.0.0.1")
+    died = ActorDiedError(remote)
+    assert raised_with(died, output, monkeypatch) is died
+
+
+def test_a_listener_of_this_process_is_not_pickled_with_the_trials() -> None:
+    lock = threading.Lock()
+    watcher = tuner._Watcher(lambda: lock.locked(), ImplicitOptunaSearch(toy.SPACE))
+    with pytest.raises(TypeError, match="cannot pickle"):
+        cloudpickle.dumps(lock)
+    copy = cloudpickle.loads(cloudpickle.dumps(watcher))
+    copy.on_trial_complete(1, [], SimpleNamespace(last_result={"selected_on": "validate_data"}))

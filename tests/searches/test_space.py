@@ -1,0 +1,104 @@
+"""What is searched: checked, suggested, and its middle."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from tune_implicit import InvalidTypeError, InvalidValueError
+from tune_implicit.searches.space import call_space, check_space, middle_config, suggest
+
+SPACE = {
+    "lr": FloatDistribution(1e-4, 1.0, log=True),
+    "rate": FloatDistribution(0.0, 1.0, step=0.25),
+    "k": IntDistribution(1, 32, log=True),
+    "width": IntDistribution(16, 64, step=16),
+    "solver": CategoricalDistribution(["cg", "neumann"]),
+}
+
+
+def ask() -> optuna.Trial:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+
+
+def returning(returned: Any) -> Callable[[optuna.Trial], Any]:
+    """Return a define-by-run space that suggests `k` and returns ``returned``."""
+
+    def space(trial: optuna.Trial) -> Any:
+        trial.suggest_int("k", 1, 5)
+        return returned
+
+    return space
+
+
+def test_a_dict_is_suggested_as_it_is() -> None:
+    trial = ask()
+    assert suggest(trial, SPACE) == trial.params
+    assert trial.distributions == SPACE
+
+
+@pytest.mark.parametrize("returned", [None, {"a": 1}, {}])
+def test_a_callable_returns_the_config_or_nothing(returned: dict[str, int] | None) -> None:
+    trial = ask()
+    assert suggest(trial, returning(returned)) == (trial.params if returned is None else returned)
+    assert call_space(returning(returned), ask()) == returned
+
+
+@pytest.mark.parametrize("returned", [5, [("k", 1)]])
+def test_a_callable_that_returns_something_else_is_an_error(returned: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"`space\(trial\)` must return the config as a dict, or None .* got "):
+        suggest(ask(), returning(returned))
+
+
+@pytest.mark.parametrize("space", [SPACE, returning(None)], ids=["dict", "callable"])
+def test_a_dict_or_a_callable_is_a_space(space: Any) -> None:
+    check_space(space)
+
+
+@pytest.mark.parametrize(
+    ("space", "error", "message"),
+    [
+        ([1], InvalidTypeError, r"or a callable\(trial\) that returns a config, got list"),
+        ({}, InvalidValueError, "must name at least one setting"),
+        ({"k": 5}, InvalidTypeError, r"`space\['k'\]|`space`\['k'\] must be an Optuna distribution, got 5"),
+        ({"k": [1, 2]}, InvalidTypeError, r"Of a few values make a CategoricalDistribution"),
+        ({"k": 5}, InvalidTypeError, "what does not vary belongs in `settings`"),
+    ],
+)
+def test_what_is_no_space_is_told(space: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_space(space)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "middle"),
+    [
+        (FloatDistribution(0.0, 3.0), 1.5),
+        (FloatDistribution(1e-4, 1.0, log=True), 1e-2),
+        (FloatDistribution(0.0, 1.0, step=0.25), 0.5),
+        (IntDistribution(1, 9), 5),
+        (IntDistribution(1, 64, log=True), 8),
+        (IntDistribution(16, 80, step=16), 48),
+        (CategoricalDistribution(["neumann", "cg"]), "neumann"),
+    ],
+    ids=repr,
+)
+def test_the_middle_is_that_of_its_scale_and_of_choices_the_first(distribution: BaseDistribution, middle: Any) -> None:
+    assert middle_config({"it": distribution}) == {"it": pytest.approx(middle) if middle != "neumann" else middle}
+
+
+def test_the_middle_of_a_callable_is_what_it_makes_of_the_middles() -> None:
+    assert middle_config(lambda trial: {"k": 2 * trial.suggest_int("half", 1, 3)}) == {"k": 4}
+    assert middle_config(returning(None)) == {"k": 3}
+
+
+def test_the_middle_has_the_types_of_the_space() -> None:
+    assert {name: type(value) for name, value in middle_config(SPACE).items()} == {
+        "lr": float,
+        "rate": float,
+        "k": int,
+        "width": int,
+        "solver": str,
+    }
