@@ -23,17 +23,16 @@ penalties, so large that the Hessian is positive definite; the tolerance is 0, s
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import torch
+from common import LogL2, Page, Problem, machine
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,35 +48,17 @@ Gradients = list[Tensor]
 Run = Callable[[], Gradients]
 
 
-class LogL2(nn.Module):
-    """The penalty ``sum exp(l) w^2``, with an ``l`` per entry of the ll model, per tensor of it, or a single one."""
-
-    def __init__(self, ll_model: nn.Module, log_l2: float, per: str = "entry") -> None:
-        super().__init__()
-        shapes = [w.shape if per == "entry" else () for w in ll_model.parameters()]
-        self.log_l2 = nn.ParameterList(torch.full(shape, log_l2) for shape in shapes[: 1 if per == "model" else None])
-
-    def forward(self, ll_model: nn.Module) -> Tensor:
-        """Return the penalty of ``ll_model``."""
-        pairs = zip(cycle(self.log_l2), ll_model.parameters(), strict=False)
-        return sum((log_l2.exp() * w**2).sum() for log_l2, w in pairs)
-
-
 @dataclass
-class Problem:
+class RandomProblem(Problem):
     """One ll model on random data, and the step size of its Neumann series."""
 
-    name: str
-    ll_model: nn.Module
-    ul_model: LogL2
-    loss: Callable[[Tensor, Tensor], Tensor]
     train: tuple[Tensor, Tensor]
     validate: tuple[Tensor, Tensor]
     step_size: float
     rounds: int
     attention: bool = False
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype) -> "RandomProblem":
         """Convert the models and the data, though not the numbers of classes, to ``dtype``."""
         self.name += f", {str(dtype).removeprefix('torch.')}"
         for model in (self.ll_model, self.ul_model):
@@ -87,62 +68,54 @@ class Problem:
         )
         return self
 
-    def ul_objective(self, state: State) -> Tensor:
-        """Return the loss on the validation batch."""
-        return self.loss(state.ll_model(state.data), state.target)
 
-    def ll_objective(self, state: State) -> Tensor:
-        """Return the penalised loss on the training batch."""
-        return self.loss(state.ll_model(state.data), state.target) + state.ul_model(state.ll_model)
-
-
-def ridge() -> Problem:
+def ridge() -> RandomProblem:
     ll_model = nn.Linear(500, 1, bias=False)
     truth, scales = torch.randn(500, 1), torch.logspace(-1, 0, 500)  # or CG would converge before k steps
     train, validate = (
         (x, x @ truth + torch.randn(len(x), 1)) for x in (torch.randn(n, 500) * scales for n in (2000, 500))
     )
-    return Problem("ridge", ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
+    return RandomProblem("ridge", ll_model, LogL2(ll_model, -4.0), mse_loss, train, validate, 0.1, 200)
 
 
-def logistic() -> Problem:
+def logistic() -> RandomProblem:
     ll_model = nn.Linear(64, 10, bias=False)
     scales = torch.logspace(-1, 0.5, 64)
     train, validate = ((x * scales, y) for x, y in (classes(1000, 64), classes(1000, 64)))
-    return Problem("logistic", ll_model, LogL2(ll_model, -4.0), cross_entropy, train, validate, 1.0, 200)
+    return RandomProblem("logistic", ll_model, LogL2(ll_model, -4.0), cross_entropy, train, validate, 1.0, 200)
 
 
-def mlp(per: str = "entry") -> Problem:
+def mlp(per: str = "entry") -> RandomProblem:
     layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
     ll_model = nn.Sequential(*layers)
     train, validate = (classes(128, 784), classes(128, 784))
-    return Problem("MLP", ll_model, LogL2(ll_model, -1.0, per), cross_entropy, train, validate, 0.1, 20)
+    return RandomProblem("MLP", ll_model, LogL2(ll_model, -1.0, per), cross_entropy, train, validate, 0.1, 20)
 
 
-def cnn() -> Problem:
+def cnn() -> RandomProblem:
     ll_model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(1568, 320), nn.ReLU(), nn.Linear(320, 10),
     )  # fmt: skip
     train, validate = (classes(64, 1, 28, 28), classes(64, 1, 28, 28))
-    return Problem("CNN", ll_model, LogL2(ll_model, 0.6, "tensor"), cross_entropy, train, validate, 0.1, 20)
+    return RandomProblem("CNN", ll_model, LogL2(ll_model, 0.6, "tensor"), cross_entropy, train, validate, 0.1, 20)
 
 
-def transformer() -> Problem:
+def transformer() -> RandomProblem:
     layer = nn.TransformerEncoderLayer(128, 4, dim_feedforward=512, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     ll_model = nn.Sequential(nn.Unflatten(0, (32, 32)), encoder, nn.Flatten(0, 1), nn.Linear(128, 10))
     train, validate = (classes(1024, 128), classes(1024, 128))  # of each token, by its embedding
     ul_model = LogL2(ll_model, -0.5, "tensor")
-    return Problem("transformer", ll_model, ul_model, cross_entropy, train, validate, 0.1, 20, attention=True)
+    return RandomProblem("transformer", ll_model, ul_model, cross_entropy, train, validate, 0.1, 20, attention=True)
 
 
 def classes(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(shape), torch.randint(10, shape[:1])
 
 
-def packaged(problem: Problem, solver: str) -> Run:
+def packaged(problem: RandomProblem, solver: str) -> Run:
     """Return ``Implicit.compute_gradients`` as a function without arguments."""
     implicit = Implicit(
         problem.ul_objective, problem.ul_model, problem.ll_objective, problem.ll_model, problem.step_size, K,
@@ -160,7 +133,7 @@ def packaged(problem: Problem, solver: str) -> Run:
     return run
 
 
-def by_hand(problem: Problem, solver: str) -> Run:
+def by_hand(problem: RandomProblem, solver: str) -> Run:
     """Return the same with nothing but autograd."""
     w, log_l2 = list(problem.ll_model.parameters()), list(problem.ul_model.parameters())
     solve = {"neumann": neumann_by_hand, "cg": cg_by_hand}[solver]
@@ -247,36 +220,28 @@ def compare(first: Run, second: Run, rounds: int, device: str) -> tuple[float, f
     return first_ms, second_ms, f"**{ratio:.2f}** ({low:.2f} to {high:.2f})"
 
 
-def against_hand(problem: Problem, device: str, tell: Callable[[str], None]) -> None:
-    """Tell one row of the first table per solver."""
+def against_hand(problem: RandomProblem, device: str, page: Page) -> None:
+    """Write one row of the first table per solver."""
     weights, values = (sum(x.numel() for x in m.parameters()) for m in (problem.ll_model, problem.ul_model))
     for solver in SOLVERS:
         ours, hand = packaged(problem, solver), by_hand(problem, solver)
         difference = relative_difference(ours(), hand())
         ours_ms, hand_ms, ratio = compare(ours, hand, problem.rounds, device)
         ours_mib, hand_mib = (peak_bytes(run, device) / 2**20 for run in (ours, hand))
-        tell(
-            f"| {problem.name} | {weights:,} | {values:,} | {solver} | {hand_ms:.1f} | {ours_ms:.1f} | {ratio} "
-            f"| {hand_mib:.2f} | {ours_mib:.2f} | **{ours_mib / hand_mib:.2f}** | {difference:.0e} |"
-        )
+        page.row(
+            problem.name, f"{weights:,}", f"{values:,}", solver, f"{hand_ms:.1f}", f"{ours_ms:.1f}", ratio,
+            f"{hand_mib:.2f}", f"{ours_mib:.2f}", f"**{ours_mib / hand_mib:.2f}**", f"{difference:.0e}",
+        )  # fmt: skip
 
 
-def against_one_value(many: Problem, one: Problem, device: str, tell: Callable[[str], None]) -> None:
-    """Tell one row of the second table per solver."""
+def against_one_value(many: RandomProblem, one: RandomProblem, device: str, page: Page) -> None:
+    """Write one row of the second table per solver."""
     for solver in SOLVERS:
         columns = []
         for way in (packaged, by_hand):
             many_ms, one_ms, ratio = compare(way(many, solver), way(one, solver), many.rounds, device)
             columns += [f"{one_ms:.1f}", f"{many_ms:.1f}", ratio]
-        tell(f"| {many.name} | {solver} | {' | '.join(columns)} |")
-
-
-def processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        page.row(many.name, solver, *columns)
 
 
 def main() -> None:
@@ -287,45 +252,42 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler prints its stages
     torch.set_num_threads(1)
-    device, dtype, lines = arguments.device, getattr(torch, arguments.dtype), []
+    device, dtype, page = arguments.device, getattr(torch, arguments.dtype), Page()
 
-    def tell(*rows: str) -> None:
-        print("\n".join(rows), flush=True)
-        lines.extend(rows)
-
-    def built(build: Callable[..., Problem], dtype: torch.dtype, **options: str) -> Problem:
+    def built(build: Callable[..., RandomProblem], dtype: torch.dtype, **options: str) -> RandomProblem:
         torch.manual_seed(0)
         with torch.device(device):  # for the building alone: in it, each torch call costs more
             return build(**options).to(dtype)
 
-    tell(
+    page.tell(
         f"# One hypergradient, k = {K}: `Implicit` against the shortest hand-written version",
         "",
-        f"torch {torch.__version__}, Python {platform.python_version()}, one thread, {processor(device)}.",
+        f"{machine(device)}.",
         "Ratios are ours over hand-written: of time, the median over interleaved rounds (and its quartiles).",
         "",
-        "| problem | ll parameters | ul values | solver | by hand, ms | ours, ms | time ratio "
-        "| by hand, MiB | ours, MiB | memory ratio | relative difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
     )
+    page.head(
+        "problem", "ll parameters", "ul values", "solver", "by hand, ms", "ours, ms", "time ratio",
+        "by hand, MiB", "ours, MiB", "memory ratio", "relative difference",
+    )  # fmt: skip
     small = ((ridge, torch.float64), (ridge, torch.float32), (logistic, torch.float32))
     for build, precision in (*small, (mlp, dtype), (cnn, dtype), (transformer, dtype)):
-        against_hand(built(build, precision), device, tell)
+        against_hand(built(build, precision), device, page)
 
     many, one = built(mlp, dtype), built(mlp, dtype, per="model")
     values = sum(x.numel() for x in many.ul_model.parameters())
-    tell(
+    page.tell(
         "",
         f"Scaling in ul values: the same ll model with 1 of them and with {values:,}. Ratios are many over one.",
         "",
-        f"| problem | solver | ours at 1, ms | ours at {values:,}, ms | ratio "
-        f"| by hand at 1, ms | by hand at {values:,}, ms | ratio |",
-        "|---|---|---|---|---|---|---|---|",
     )
-    against_one_value(many, one, device, tell)
+    page.head(
+        "problem", "solver", "ours at 1, ms", f"ours at {values:,}, ms", "ratio",
+        "by hand at 1, ms", f"by hand at {values:,}, ms", "ratio",
+    )  # fmt: skip
+    against_one_value(many, one, device, page)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text("\n".join(lines) + "\n")
+        page.write(arguments.output)
 
 
 if __name__ == "__main__":

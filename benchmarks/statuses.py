@@ -12,7 +12,7 @@ to 2,000 steps and a tolerance that is absolute, relative, or 0, and verified.
 - ``converged``: the status CONVERGED beside a true residual of more than twice the tolerance asked for.
 - ``unverified``: the status UNVERIFIED, which is for solvers that report what is not so.
 - ``negative``: the status NEGATIVE_CURVATURE on a system made to be definite.
-- ``residual``: an answer whose true residual is more than twice the one reported.
+- ``residual``: an answer whose true residual is more than twice the one reported, and what rounding adds to that.
 - ``worse``: an answer that is worse than ``v = 0`` in the norm that its method makes small, the residual of MINRES and
   the energy of the others.
 
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import Page, machine
 from torch import Tensor
 
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
@@ -67,6 +68,11 @@ class System:
         h, b, v = (x.double().numpy().astype(np.longdouble) for x in (self.h, self.b, v))
         image = h @ v
         return float(np.linalg.norm((b - image).astype(np.float64))), float(v @ image / 2 - b @ v)
+
+    def rounding(self, v: Tensor) -> float:
+        """Return what rounding does to ``b - H v`` where it is measured in the dtype of the system."""
+        epsilon, (h, v) = torch.finfo(self.b.dtype).eps, (self.h.double(), v.double())
+        return epsilon * (torch.linalg.matrix_norm(h, 2) * torch.linalg.vector_norm(v)).item()
 
 
 def random_system(random: np.random.Generator) -> System:
@@ -129,7 +135,7 @@ def wrongs(system: System, solver: str, solution: Solution) -> list[str]:
         "converged": status is Status.CONVERGED and true > 2 * system.asked,
         "unverified": status is Status.UNVERIFIED,
         "negative": status is Status.NEGATIVE_CURVATURE and system.kind == "definite",
-        "residual": not status.failed and true > 2 * solution.residual_norm,
+        "residual": not status.failed and true > 2 * solution.residual_norm + system.rounding(solution.v),
     }
     zero = torch.linalg.vector_norm(system.b.double()).item()
     found["worse"] = not status.failed and (true > 1.001 * zero if solver == "minres" else energy > 0)
@@ -145,7 +151,7 @@ def count(systems: int, seed: int, tell: bool) -> dict[str, dict[str, int]]:
         for solver in SOLVERS:
             solution, hvps = solve(system, solver)
             found = wrongs(system, solver, solution)
-            counts[solver].update([solution.status.value, *found])
+            counts[solver].update([solution.status.value, *(f"wrong: {name}" for name in found)])
             counts[solver]["hvps"] += hvps
             if found and tell:
                 print(
@@ -178,24 +184,21 @@ def main() -> None:
     if arguments.here:
         print(json.dumps(count(arguments.systems, arguments.seed, tell=True)))
         return
-    lines = [
+    page = Page()
+    page.tell(
         f"# {arguments.systems:,} random systems per set of kernels, seed {arguments.seed}",
         "",
-        "Solves that were wrong, by what was wrong (see the script), and how the solves ended.",
+        f"{machine()}. Solves that were wrong, by what was wrong (see the script), and how the solves ended.",
         "",
-        f"| ATEN_CPU_CAPABILITY | MKL_ENABLE_INSTRUCTIONS | solver | {' | '.join(WRONG)} "
-        f"| {' | '.join(status.value for status in Status)} |",
-        "|---" * (3 + len(WRONG) + len(Status)) + "|",
-    ]
-    print("\n".join(lines), flush=True)
+    )
+    statuses = [status.value for status in Status]
+    page.head("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "solver", *WRONG, *statuses)
     for aten, mkl in product(ATEN, MKL):
         for solver, counts in under(aten, mkl, arguments.systems, arguments.seed).items():
-            cells = [aten, mkl or "unset", solver, *(f"**{counts.get(name, 0)}**" for name in WRONG)]
-            cells += [str(counts.get(status.value, 0)) for status in Status]
-            lines.append(f"| {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            wrong = (f"**{counts.get(f'wrong: {name}', 0)}**" for name in WRONG)
+            page.row(aten, mkl or "unset", solver, *wrong, *(counts.get(status, 0) for status in statuses))
     if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
+        page.write(arguments.output)
 
 
 if __name__ == "__main__":

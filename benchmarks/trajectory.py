@@ -26,18 +26,16 @@ the ends of the spectrum for free, and a Nystrom preconditioner, whose hvps are 
 """
 
 import argparse
-import gzip
-import platform
 import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from hypergradient import LogL2, processor
+from common import LogL2, Page, Problem, fashion_mnist, machine
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call, jvp, vjp
@@ -63,17 +61,13 @@ CAP = 2000
 HOPELESS = 3
 NYSTROM_RANK = 30
 NS_LL = "NS, step size the ll learning rate"
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Problem:
-    """An ll model with a log-L2 per weight, the batches of its trajectory, and the damping of its systems."""
+class Journey(Problem):
+    """The batches of a trajectory, and the damping of its systems."""
 
-    name: str
-    ll_model: nn.Module
-    ul_model: LogL2
     train: list[Batch]
     validate: list[Batch]
     ll_learning_rate: float
@@ -82,14 +76,6 @@ class Problem:
     first_ll_steps: int
     damping: float
     reference: InverseHvp
-
-    def ul_objective(self, state: State) -> Tensor:
-        """Return the loss on the validation batch."""
-        return cross_entropy(state.ll_model(state.data), state.target)
-
-    def ll_objective(self, state: State) -> Tensor:
-        """Return the penalised loss on the training batch."""
-        return cross_entropy(state.ll_model(state.data), state.target) + state.ul_model(state.ll_model)
 
     def state(self, batch: Batch) -> State:
         """Return what an objective takes."""
@@ -101,27 +87,27 @@ class Problem:
         return list(self.ll_model.parameters())
 
 
-def logistic_regression() -> Problem:
+def logistic_regression() -> Journey:
     from sklearn.datasets import load_digits
 
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(y))
     x, y = x[order] / 16, y[order]
     ll_model = nn.Linear(64, 10, bias=False).double()
-    return Problem(
+    return Journey(
         "1. Logistic regression on digits, 640 weights, float64, full batches",
-        ll_model, LogL2(ll_model, -5.0).double(), [(x[:1000], y[:1000])], [(x[1000:1400], y[1000:1400])],
+        ll_model, LogL2(ll_model, -5.0).double(), cross_entropy, [(x[:1000], y[:1000])], [(x[1000:1400], y[1000:1400])],
         ll_learning_rate=0.1, ul_learning_rate=0.1, ll_steps=20, first_ll_steps=600,
         damping=0.0, reference=InverseHvp(SolverSettings(solver="dense")),
     )  # fmt: skip
 
 
-def mlp(name: str, train: int, validate: int, batch: int, damping: float) -> Problem:
+def mlp(name: str, train: int, validate: int, batch: int, damping: float) -> Journey:
     x, y = fashion_mnist()
     ll_model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     reference = SolverSettings(solver=Minres(CAP, rtol=1e-5), damping=damping, warm_start=True)
-    return Problem(
-        name, ll_model, LogL2(ll_model, -6.0),
+    return Journey(
+        name, ll_model, LogL2(ll_model, -6.0), cross_entropy,
         batches(x[:train], y[:train], batch), batches(x[-validate:], y[-validate:], batch),
         ll_learning_rate=0.02, ul_learning_rate=0.1, ll_steps=10, first_ll_steps=600,
         damping=damping, reference=InverseHvp(reference),
@@ -137,18 +123,6 @@ def draws(of: list[Batch]) -> Iterator[Batch]:
     while True:
         for index in torch.randperm(len(of)).tolist():
             yield of[index]
-
-
-def fashion_mnist() -> Batch:
-    """Return the training images, as rows of 784 numbers from 0 to 1, and their labels."""
-    arrays = []
-    for name, header in (("train-images-idx3-ubyte.gz", 16), ("train-labels-idx1-ubyte.gz", 8)):
-        path = FASHION_MNIST / name
-        if not path.exists():
-            raise SystemExit(f"{path} is missing. Install it with: apt-get install dataset-fashion-mnist")
-        content = bytearray(gzip.decompress(path.read_bytes()))
-        arrays.append(torch.frombuffer(content, dtype=torch.uint8, offset=header))
-    return arrays[0].view(-1, 784) / 255, arrays[1].long()
 
 
 class Products:
@@ -171,13 +145,13 @@ class Products:
 class Point:
     """The system ``(H + damping I) v = b`` of one ul step, with its reference solution and hypergradient."""
 
-    def __init__(self, problem: Problem, ul_step: int, train: Batch, validate: Batch) -> None:
+    def __init__(self, problem: Journey, ul_step: int, train: Batch, validate: Batch) -> None:
         self.problem, self.ul_step, self.train, self.validate = problem, ul_step, train, validate
         self.b = flatten(grad(problem.ul_objective(problem.state(validate)), problem.w))
         self.products = Products(self._second_order().hvp)
         self.solution = problem.reference.solve(self.products.uncounted, self.b)
         self.relative_residual = self.solution.residual_norm / norm(self.b).item()
-        # Of the penalty `sum exp(l) w^2` the mixed derivative is diagonal, and the ul loss has no direct term.
+        # The mixed derivative of the penalty `sum exp(l) w^2` is diagonal, and the ul loss has no direct term.
         l2 = flatten([log_l2.detach() for log_l2 in problem.ul_model.log_l2]).exp()
         self._mixed = 2 * l2 * flatten([w.detach() for w in problem.w])
         self.hypergradient = -self._mixed * self.solution.v
@@ -257,6 +231,12 @@ class Entrant:
         return round(sum(self.hvps.values()) * UL_STEPS / len(self.hvps))
 
 
+def begin(hvp: Hvp, b: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return where to start from, and the residual there."""
+    found = None if v0 is None else start(hvp, b, v0, definite=True)
+    return (torch.zeros_like(b), b) if found is None else found[:2]
+
+
 @dataclass
 class Chebyshev:
     """Chebyshev's semi-iteration for a spectrum in (low, high): Saad, Iterative Methods, 2nd ed., Algorithm 12.1."""
@@ -267,7 +247,7 @@ class Chebyshev:
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` after ``k`` products, not counting that of the warm start."""
-        v, r = start(hvp, b, v0, definite=True)
+        v, r = begin(hvp, b, v0)
         theta, delta = (self.high + self.low) / 2, (self.high - self.low) / 2
         rho, d = delta / theta, r / theta
         for _ in range(self.k):
@@ -301,7 +281,7 @@ class Nystrom:
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         """Return ``v`` after ``k`` products, not counting that of the warm start."""
-        v, r = start(hvp, b, v0, definite=True)
+        v, r = begin(hvp, b, v0)
         z = p = self._apply(r)
         rz = dot(r, z)
         for _ in range(self.k):
@@ -317,11 +297,14 @@ class Nystrom:
         return r + self.u @ (self.shrink * (self.u.T @ r))
 
 
-def entrants(problem: Problem) -> list[Entrant]:
-    made = partial(InverseHvp, ll_learning_rate=problem.ll_learning_rate, tolerance=0.0, damping=problem.damping)
+def entrants(problem: Journey) -> list[Entrant]:
+    settings = SolverSettings(ll_learning_rate=problem.ll_learning_rate, tolerance=0.0, damping=problem.damping)
+
+    def made(**changes: object) -> InverseHvp:
+        return InverseHvp(replace(settings, **changes))
 
     def named(solver: str, **options: object) -> Callable[[int], InverseHvp]:
-        return lambda k: made(solver, k=k, **options)
+        return lambda k: made(solver=solver, k=k, **options)
 
     sketched, ends = [], []
 
@@ -353,20 +336,20 @@ def entrants(problem: Problem) -> list[Entrant]:
         ),
         Entrant(
             "Chebyshev, warm",
-            lambda k: made(Chebyshev(k, *ends), k=k, warm_start=True),
+            lambda k: made(solver=Chebyshev(k, *ends), warm_start=True),
             tell_ends,
             shipped=False,
         ),
         Entrant(
             f"CG, warm, Nystrom rank {NYSTROM_RANK}",
-            lambda k: made(Nystrom(k, *sketched), k=k, warm_start=True),
+            lambda k: made(solver=Nystrom(k, *sketched), warm_start=True),
             sketch,
             shipped=False,
         ),
     ]
 
 
-def trajectory(problem: Problem) -> Iterator[Point]:
+def trajectory(problem: Journey) -> Iterator[Point]:
     """Yield the system of each ul step, and go on from it by the reference hypergradient."""
     ll_optimizer = torch.optim.SGD(problem.w, problem.ll_learning_rate, momentum=0.9)
     ul_params = list(problem.ul_model.parameters())
@@ -394,7 +377,7 @@ class Noise:
     )
     head = ("solver", "hvps per ul step", "relative error: median (range)", "cosine: median (range)")
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Journey) -> None:
         made = partial(
             Implicit, problem.ul_objective, problem.ul_model, problem.ll_objective, problem.ll_model,
             problem.ll_learning_rate, CAP, damping=problem.damping,
@@ -446,7 +429,7 @@ class Undamped:
     """What CG and MINRES make of the network's own Hessian, without damping."""
 
     title = "Problem 2 without damping: CG and MINRES at an indefinite Hessian"
-    note = "The relative residual of CG is that of its best iterate before the negative curvature; 1 is that of zero."
+    note = "The relative residual of CG is that of its last iterate before the negative curvature; 1 is that of zero."
     head = (
         "ul step", "CG ends as", "hvps", "lambda_min met", "CG: relative residual",
         "MINRES, as many hvps: relative residual", "MINRES, 100 hvps",
@@ -514,15 +497,17 @@ class GaussNewton:
         yield from self._rows
 
 
-def table(head: tuple, rows: Iterator[tuple]) -> list[str]:
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows)]
-
-
-def report(problem: Problem, measured: list[Entrant], residuals: list[float]) -> list[str]:
-    """Return the table of one problem and its verdict."""
+def report(page: Page, problem: Journey, measured: list[Entrant], residuals: list[float]) -> None:
+    """Write the table of one problem and its verdict."""
     cold = measured[0].total
-    head = ("solver", f"hvps in {UL_STEPS} ul steps", "per ul step: median", "most", "of CG, cold", "remarks")
-    rows = []
+    damping = f" Damping {problem.damping:g}." if problem.damping else ""
+    page.tell(
+        f"## {problem.name}",
+        "",
+        f"Largest relative residual of the references: {max(residuals):.0e}.{damping}",
+        "",
+    )
+    page.head("solver", f"hvps in {UL_STEPS} ul steps", "per ul step: median", "most", "of CG, cold", "remarks")
     for entrant in measured:
         more = "> " if entrant.missed else ""
         remarks = [] if entrant.shipped else ["left out"]
@@ -536,24 +521,18 @@ def report(problem: Problem, measured: list[Entrant], residuals: list[float]) ->
         if entrant.missed:
             remarks.append(f"{CAP} were not enough at {len(entrant.missed)} of {len(entrant.hvps)} ul steps")
         counts = entrant.hvps.values()
-        rows.append((
+        page.row(
             entrant.name, f"{more}{entrant.total:,}", f"{statistics.median(counts):g}", max(counts),
             f"{more}{entrant.total / cold:.2f}", "; ".join(remarks),
-        ))  # fmt: skip
+        )  # fmt: skip
     best = min((entrant for entrant in measured if entrant.shipped), key=lambda entrant: entrant.total)
     neumann = next(entrant for entrant in measured if entrant.name == NS_LL)
-    damping = f" Damping {problem.damping:g}." if problem.damping else ""
-    return [
-        f"## {problem.name}",
-        "",
-        f"Largest relative residual of the references: {max(residuals):.0e}.{damping}",
-        "",
-        *table(head, rows),
+    page.tell(
         "",
         f"Best of those in the package: {best.name}, {best.total:,} hvps: {best.total / cold:.2f} of cold CG's, "
         f"{'less than ' if neumann.missed else ''}{best.total / neumann.total:.2g} of NS's at the ll learning rate.",
         "",
-    ]
+    )
 
 
 STYLES = {
@@ -592,17 +571,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write trajectory.md and trajectory.png to this folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-
-    lines = []
-
-    def tell(*new: str) -> None:
-        print("\n".join(new), flush=True)
-        lines.extend(new)
-
-    tell(
+    page = Page()
+    page.tell(
         "# Hessian-vector products that keep the hypergradient within 1%, along 100 ul steps",
         "",
-        f"torch {torch.__version__}, Python {platform.python_version()}, one thread, {processor('cpu')}: "
+        f"{machine()}: "
         "`python benchmarks/trajectory.py --output benchmarks/results`, whose docstring says how they are counted.",
         f'">": not within 1% by {CAP} steps, counted as that many. "pairs": `preconditioner_memory`.',
         "",
@@ -625,14 +598,17 @@ def main() -> None:
                 entrant.measure(point)
             for observer in observers:
                 observer(point)
-        tell(*report(problem, measured, residuals))
+        report(page, problem, measured, residuals)
         for observer in observers:
-            tell(f"### {observer.title}", "", observer.note, "", *table(observer.head, observer.rows()), "")
+            page.tell(f"### {observer.title}", "", observer.note, "")
+            page.head(*observer.head)
+            for row in observer.rows():
+                page.row(*row)
+            page.tell("")
         print(f"({time.process_time() - started:.0f} s of CPU time)\n", flush=True)
         results[problem.name] = measured
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "trajectory.md").write_text("\n".join(lines[:-1]) + "\n")
+        page.write(arguments.output / "trajectory.md")
         plot({name: results[name] for name in list(results)[:2]}, arguments.output / "trajectory.png")
 
 
