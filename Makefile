@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test lint benchmark setup clean
+.PHONY: demo test test-kernels test-oldest lint benchmark setup clean
 
 demo: setup
 	$(BIN)/python examples/hyper_cleaning.py
@@ -11,24 +12,44 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# As on other processors, whose kernels add numbers up in another order.
+test-kernels: setup
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python -m pytest -q tests/hypergradients
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q tests/hypergradients
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q tests/hypergradients
+
+# With the oldest versions promised. What those warn of is no error.
+test-oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pytest -q -o filterwarnings=ignore \
+		tests/searches tests/test_cli.py tests/test_examples.py tests/hypergradients/test_borrowed.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The second needs Debian's package dataset-fashion-mnist.
+# `trajectory.py` needs Debian's package dataset-fashion-mnist.
 benchmark: setup
 	$(BIN)/python benchmarks/hypergradient.py --output benchmarks/results/hypergradient.md
+	$(BIN)/python benchmarks/statuses.py --output benchmarks/results/statuses.md
 	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(call install,constraints.txt,dev)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(call install,constraints-oldest.txt,test)
+
+# Torch on its own first, so that pip takes the CPU build where one is at hand.
+define install
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $(1) torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(1) --editable ".[$(2)]"
 	touch $@
+endef
 
 clean:
-	rm -rf .venv tune_implicit_results .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest tune_implicit_results .pytest_cache .ruff_cache .mypy_cache
