@@ -111,8 +111,8 @@ class _Recursion(Recursion):
         if not math.isfinite(rr):
             return Status.NON_FINITE
         alpha, length = rz / php, math.sqrt(pp)
-        # Successive residuals are orthogonal unless there is a preconditioner: ||H p|| / ||p||, and of the next residual
-        # the Rayleigh quotient, less what the curvature along the next direction adds to it.
+        # ||H p|| / ||p||, and the Rayleigh quotient of the next residual, less what the curvature along the next
+        # direction adds to it; with a preconditioner successive residuals are not orthogonal, and neither is known.
         image = 0.0 if preconditioned else max(math.sqrt(self._rr + rr) / length, rr / self._rr) / alpha
         self.largest = max(self.largest, quotient, image)
         self._length += alpha * length
