@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+NUMERICAL := tests/hypergradients tests/trials tests/checks
 
 .PHONY: demo test test-kernels test-oldest lint benchmark setup clean
 
@@ -14,9 +15,9 @@ test: setup
 
 # As on other processors, whose kernels add numbers up in another order.
 test-kernels: setup
-	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python -m pytest -q tests/hypergradients
-	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q tests/hypergradients
-	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q tests/hypergradients
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python -m pytest -q $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q $(NUMERICAL)
 
 # With the oldest versions promised. What those warn of is no error.
 test-oldest: .venv-oldest/installed

@@ -128,6 +128,14 @@ def test_there_is_no_difference_where_there_is_no_minimum() -> None:
     assert retraining_of(of_no_penalty()).difference({"l2": torch.ones(D, dtype=F64)}, 1e-3) is None
 
 
+def test_it_gives_up_where_the_line_search_breaks_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", broken)
+    assert not retraining_of(tiny_mlp()).train_to_minimum()
+
+
 def test_it_gives_up_at_its_deadline() -> None:
     assert not retraining_of(tiny_mlp(), deadline=-math.inf).train_to_minimum()
     assert retraining_of(tiny_mlp()).train_to_minimum()

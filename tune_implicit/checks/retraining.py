@@ -120,7 +120,10 @@ class Retraining:
 
         for _ in range(_LBFGS_ROUNDS):
             before = exact.value("ll")
-            optimizer.step(closure)
+            try:
+                optimizer.step(closure)
+            except IndexError:  # where the loss has become NaN, torch's line search looks for a bracket that it has not
+                return False
             if time.perf_counter() > self.deadline or exact.value("ll") == before:
                 break
         optimizer.zero_grad()
