@@ -92,6 +92,18 @@ def test_a_failed_solve_is_forgotten(memory: int) -> None:
     assert_same(one.solve(times(spd()), vector()), cold.solve(times(spd()), vector()))
 
 
+def test_a_preconditioner_that_fails_is_forgotten_and_the_solve_done_without() -> None:
+    one, cold = make("cg", preconditioner_memory=4), make("cg")
+    one.solve(times(spd()), vector())
+    pairs = one.state_dict()["preconditioner"]
+    # Its last direction now has a curvature that is zero to rounding.
+    bad = {"s": pairs["s"], "y": -pairs["y"], "largest": pairs["largest"]}
+    one.load_state_dict({"v": None, "top": None, "preconditioner": bad}, torch.device("cpu"))
+    got, expected = one.solve(times(spd()), vector()), cold.solve(times(spd()), vector())
+    assert got.status is Status.CONVERGED
+    torch.testing.assert_close(got.v, expected.v)
+
+
 @each_solver
 @pytest.mark.parametrize("factor", [-3.0, 0.0, math.nan])
 def test_what_the_caller_does_to_an_answer_spoils_none_after_it(solver: str, factor: float) -> None:

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings
+from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings, relevant
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.hypergradients.solvers.dense import DenseSolve
 from tune_implicit.hypergradients.solvers.fallback import Damped
@@ -91,3 +91,19 @@ def test_messages(change: dict, error: type[Exception], message: str) -> None:
 def test_message_of_what_is_neither_true_nor_false(name: str) -> None:
     with pytest.raises(TypeError, match=f"`{name}` must be True or False, got 'no'"):
         SolverSettings(**{name: "no"})
+
+
+def test_a_solve_stops_at_the_largest_of_its_tolerances() -> None:
+    settings = SolverSettings(tolerance=1e-3, rtol=0.1)
+    assert settings.stops_at(b_norm=1.0) == 0.1
+    assert settings.stops_at(b_norm=1e-3) == 1e-3
+    assert settings.stops_at(b_norm=1.0, noise=0.5) == 0.5
+
+
+def test_a_solver_object_stops_at_a_tolerance_of_its_own() -> None:
+    assert SolverSettings(solver=ConjugateGradient(5)).stops_at(b_norm=1.0) == math.inf
+
+
+def test_what_is_for_another_solver_is_not_relevant() -> None:
+    assert relevant({"solver": "minres", "preconditioner_memory": 4})["preconditioner_memory"] == 0
+    assert relevant({"solver": "cg", "preconditioner_memory": 4})["preconditioner_memory"] == 4

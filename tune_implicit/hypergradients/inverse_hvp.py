@@ -69,10 +69,15 @@ class InverseHvp:
         if auto and first is Status.DIVERGED:
             self._top = None  # it has moved on, or was hardly in the direction that Lanczos started from
             solution = settings.make_solver(self._safe_step(damped, b, seed=1), noise).solve(damped, b)
+        if first.failed and self._preconditioner is not None and self._preconditioner.fits(b):
+            # It may be what failed: along its directions a small eigenvalue may be all rounding.
+            self._preconditioner.clear()
+            solution = settings.make_solver(None, noise, self._preconditioner).solve(damped, b, v0)
         solution = replace(solution, damping=settings.damping + solution.damping)
         epsilon = torch.finfo(products or b.dtype).eps
         if (settings.verify or epsilon > torch.finfo(b.dtype).eps) and not solution.status.failed:
-            solution = _verified(solution, _shifted(hvp, solution.damping), b, epsilon)
+            stop = settings.stops_at(length(b), noise)
+            solution = _verified(solution, _shifted(hvp, solution.damping), b, epsilon, stop)
         self._v = solution.v if settings.warm_start and not solution.status.failed else None
         if solution.status.failed and self._preconditioner is not None:
             self._preconditioner.clear()
@@ -109,7 +114,7 @@ def _shifted(hvp: Hvp, damping: float) -> Hvp:
     return hvp if damping == 0 else lambda v: torch.add(hvp(v), v, alpha=damping)
 
 
-def _verified(solution: Solution, hvp: Hvp, b: Tensor, epsilon: float) -> Solution:
+def _verified(solution: Solution, hvp: Hvp, b: Tensor, epsilon: float, stop: float) -> Solution:
     """Return ``solution`` with its residual computed anew, as a failure where that is not the one reported.
 
     A smaller one is no failure: a solver may report a bound, or NaN for nothing. Nor is ``v`` an answer where it is
@@ -131,4 +136,6 @@ def _verified(solution: Solution, hvp: Hvp, b: Tensor, epsilon: float) -> Soluti
         status = Status.UNVERIFIED
     elif residual > b_norm + rounding and dot(v, image).item() > 2 * dot(b, v).item() + 2 * rounding * size:
         status = Status.DIVERGED
+    elif status is Status.CONVERGED and residual + rounding >= stop:
+        status = Status.STAGNATED
     return replace(solution, residual_norm=residual + rounding, status=status)

@@ -1,6 +1,9 @@
 """How ``H v = b`` is solved: the only room that knows solvers by name."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.arguments import NON_NEGATIVE, POSITIVE, Rule, at_least, check_fields, one_of, ruled
@@ -12,7 +15,7 @@ from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
 from tune_implicit.hypergradients.solvers.solution import Solver
 
-__all__ = ["SOLVERS", "SolverSettings"]
+__all__ = ["SOLVERS", "SolverSettings", "relevant"]
 
 SOLVERS = ("cg", "minres", "neumann", "dense")
 
@@ -24,6 +27,11 @@ _STEP_SIZE: Rule = (
     f'{POSITIVE[0]}, or "auto"',
     lambda value: value in (None, "auto") or (isinstance(value, float) and POSITIVE[1](value)),
 )
+
+
+def relevant(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a solve without what is for another solver than the one they name."""
+    return {**settings} if settings["solver"] == "cg" else {**settings, "preconditioner_memory": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,11 @@ class SolverSettings:
     def given_step_size(self) -> float:
         """The step size of the series where it is not estimated."""
         return self.step_size if isinstance(self.step_size, float) else self.ll_learning_rate
+
+    def stops_at(self, b_norm: float, noise: float = 0.0) -> float:
+        """Return the residual norm below which a solve has converged; a solver object has one of its own: infinity."""
+        own = isinstance(self.solver, str)
+        return max(self.tolerance, self.rtol * b_norm, noise) if own else math.inf
 
     def preconditioner(self) -> QuasiNewton | None:
         """Return an empty preconditioner, where there is to be one."""

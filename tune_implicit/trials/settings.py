@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_implicit.hypergradients.arguments import NON_NEGATIVE, at_least, check_fields, one_of, ruled
-from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings
+from tune_implicit.hypergradients.settings import SOLVERS, SolverSettings, relevant
 
 __all__ = ["SETTINGS", "ImplicitSettings"]
 
@@ -69,8 +69,7 @@ class ImplicitSettings(SolverSettings):
     @property
     def of_a_solve(self) -> dict[str, Any]:
         """The fields of :class:`SolverSettings`, without what is for another solver than the one in use."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SolverSettings)}
-        return fields if self.solver == "cg" else fields | {"preconditioner_memory": 0}
+        return relevant({field.name: getattr(self, field.name) for field in dataclasses.fields(SolverSettings)})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ImplicitSettings":

@@ -18,6 +18,9 @@ __all__ = ["ConjugateGradient"]
 # A curvature of so many roundings of ``||H||``, of either sign, may be a rounding error itself.
 _ROUNDINGS = 8
 
+# The part of what earlier solves have shown ``||H||`` to be that is believed of the next one's.
+_BELIEVED = 0.9
+
 
 @dataclass(frozen=True)
 class ConjugateGradient(IterativeSolver):
@@ -80,6 +83,8 @@ class _Recursion(Recursion):
         self._rr = self._pp = rr.item()
         self._length, self._epsilon = system.length, torch.finfo(system.r.dtype).eps
         self.x, self.residual, self.drift, self.largest = self._x, math.sqrt(self._rr), system.drift, system.largest
+        if self._learned is not None:
+            self.largest = max(self.largest, _BELIEVED * self._learned.largest)
         self._start = self.residual
 
     def step(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,7 +97,7 @@ class _Recursion(Recursion):
         z, rr = r, dot(r, r)
         rz, scalars = rr, [curvature, rr]
         if learned is not None:
-            scalars += [self._rz, dot(p, p)]
+            scalars += [self._rz, dot(p, p), dot(hp, hp)]
             z = learned.apply(r)
             rz = dot(r, z)
         self._p, self._rz = torch.addcmul(z, p, rz / self._rz), rz
@@ -100,7 +105,7 @@ class _Recursion(Recursion):
 
     def judge(self, made: list[Tensor], scalars: list[float]) -> Status:
         php, rr, *preconditioned = scalars
-        rz, pp = preconditioned or (self._rr, self._pp)
+        rz, pp, square = preconditioned or (self._rr, self._pp, math.nan)
         quotient = php / pp if pp else math.nan
         if not (math.isfinite(quotient) and math.isfinite(rz)):
             return Status.NON_FINITE
@@ -112,8 +117,9 @@ class _Recursion(Recursion):
             return Status.NON_FINITE
         alpha, length = rz / php, math.sqrt(pp)
         # ||H p|| / ||p||, and the Rayleigh quotient of the next residual, less what the curvature along the next
-        # direction adds to it; with a preconditioner successive residuals are not orthogonal, and neither is known.
-        image = 0.0 if preconditioned else max(math.sqrt(self._rr + rr) / length, rr / self._rr) / alpha
+        # direction adds to it; with a preconditioner successive residuals are not orthogonal, and do not tell either.
+        image = max(math.sqrt(self._rr + rr) / length, rr / self._rr) / alpha
+        image = math.sqrt(square) / length if preconditioned else image
         self.largest = max(self.largest, quotient, image)
         self._length += alpha * length
         drift = math.hypot(self.drift, self._epsilon * self.largest * self._length)
@@ -129,4 +135,5 @@ class _Recursion(Recursion):
 
     def end(self, status: Status) -> None:
         if self._preconditioner is not None and self._pairs:
-            self._preconditioner.add(*map(list, zip(*self._pairs, strict=True)))
+            directions, products = map(list, zip(*self._pairs, strict=True))
+            self._preconditioner.add(directions, products, self.largest)

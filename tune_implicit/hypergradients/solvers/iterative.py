@@ -166,10 +166,11 @@ class IterativeSolver(ABC):
         if v0 is not None and self.k and (found := start(hvp, b, v0, self.definite)):
             place, largest = _Place(found[0], found[1]), found[2]
             drift = place.rounding(_UNSEEN * largest)
+        met = largest or math.nan
         if place.residual + drift < stop:
-            solution = Solution(place.vector, Status.CONVERGED, 0, place.residual + drift)
+            solution = Solution(place.vector, Status.CONVERGED, 0, place.residual + drift, lambda_max=met)
         elif place.residual == 0:
-            solution = Solution(place.vector, Status.STAGNATED, 0, drift)
+            solution = Solution(place.vector, Status.STAGNATED, 0, drift, lambda_max=met)
         else:
             solution = self._solve(hvp, zero, place, stop, drift, largest)
         return solution.times(scale)
@@ -190,9 +191,11 @@ class IterativeSolver(ABC):
             if status is not Status.STAGNATED and not run.drift > run.residual:
                 return Solution(v, status, steps, run.residual + run.drift, *ends)
             found = _Place(v, zero.r - hvp(v))
-            best = found if self._gained(place, found, run.x) else place
+            best = found if self._gained(place, found, run.x, found.rounding(largest)) else place
             drift = best.rounding(largest)
             certain = best.residual + drift
+            if status is Status.CONVERGED:
+                status = Status.STAGNATED  # unless the measured residual says so as well
             if not math.isfinite(found.residual):
                 status = Status.NON_FINITE
             elif certain < stop:
@@ -210,10 +213,10 @@ class IterativeSolver(ABC):
                 continue
             return Solution(best.vector, status, steps, certain, *ends)
 
-    def _gained(self, before: "_Place", after: "_Place", x: Tensor) -> bool:
+    def _gained(self, before: "_Place", after: "_Place", x: Tensor, rounding: float) -> bool:
         """Return whether ``x`` has led nearer to the solution: in energy where that is a norm, else in the residual."""
         if self.definite:  # v'Hv/2 - b'v has fallen by half of x'(r + r') with the residuals before and after
-            return dot(x, before.r).item() + dot(x, after.r).item() > 0
+            return dot(x, before.r).item() + dot(x, after.r).item() > rounding * length(x)
         return after.residual < before.residual
 
 

@@ -32,6 +32,12 @@ class QuasiNewton:
     InvalidValueError
         If it is not positive.
 
+    Attributes
+    ----------
+    largest : float
+        What its products have shown ``||H||`` to be, nearly: a preconditioned solve hardly looks along the eigenvectors
+        of the largest eigenvalues, to which most of its rounding is due.
+
     References
     ----------
     Morales & Nocedal, Automatic preconditioning by limited memory quasi-Newton updating, SIAM J. Optim. 10 (2000).
@@ -40,6 +46,7 @@ class QuasiNewton:
 
     def __init__(self, memory: int) -> None:
         self.memory: int = check_argument("memory", memory, int, at_least(1))
+        self.largest = 0.0
         self._pairs: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -63,8 +70,11 @@ class QuasiNewton:
         inner = self._solve(self._diagonal * t - self._gamma * (y @ q), transposed=True)
         return self._gamma * q + s.T @ inner
 
-    def add(self, directions: list[Tensor], products: list[Tensor]) -> None:
-        """Take in the pairs ``(p, H p)`` of one solve, the oldest first; the oldest of all are dropped."""
+    def add(self, directions: list[Tensor], products: list[Tensor], largest: float = 0.0) -> None:
+        """Take in the pairs ``(p, H p)`` of one solve, the oldest first, and what all of it has shown ``||H||`` to be.
+
+        The oldest of all are dropped.
+        """
         s, y = torch.stack(directions), torch.stack(products)
         lengths = torch.linalg.vector_norm(s, dim=1)
         cosines = (s * y).sum(1) / (lengths * torch.linalg.vector_norm(y, dim=1))
@@ -72,22 +82,24 @@ class QuasiNewton:
         s, y = s[good] / lengths[good, None], y[good] / lengths[good, None]
         if not len(s):
             return
+        self.largest = largest
         if self._pairs is not None and self.fits(s[0]):
             s, y = torch.cat([self._pairs[0], s]), torch.cat([self._pairs[1], y])
         self._set(s[-self.memory :].clone(), y[-self.memory :].clone())
 
     def clear(self) -> None:
         """Forget all pairs."""
-        self._pairs = None
+        self._pairs, self.largest = None, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pairs, as ``(m, n)`` tensors."""
-        return {} if self._pairs is None else {"s": self._pairs[0], "y": self._pairs[1]}
+        """Return the pairs, as ``(m, n)`` tensors, and what they have shown."""
+        return {} if self._pairs is None else {"s": self._pairs[0], "y": self._pairs[1], "largest": self.largest}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on with the pairs of ``state``, of which the latest ``memory`` are kept, on ``device``."""
         self.clear()
         if state:
+            self.largest = state["largest"]
             self._set(*(state[name][-self.memory :].to(device, copy=True) for name in ("s", "y")))
 
     def _set(self, s: Tensor, y: Tensor) -> None:

@@ -108,7 +108,8 @@ class Solution:
         ``||b - H v||`` of the ``v`` returned, or a bound on it where the solver's class says so.
     lambda_min, lambda_max : float
         The smallest and the largest curvature ``p' H p / p' p`` that the solve met, which lie between the extreme
-        eigenvalues of ``H``; of the series the largest ``||H p|| / ||p||`` alone. NaN where it met none.
+        eigenvalues of ``H``; of the series, and of a warm start that was the answer, the largest ``||H p|| / ||p||``
+        alone. NaN where it met none.
     damping : float
         What a solver chose to add to the diagonal of ``H``: ``v`` then solves that system.
     attempts : tuple of Attempt
