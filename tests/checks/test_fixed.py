@@ -28,6 +28,18 @@ def case() -> Case:
 # ---- what is fixed
 
 
+def test_a_ul_objective_that_validates_leaves_the_loss_repeatable() -> None:
+    def ul_objective(state: State) -> Tensor:
+        state.ll_model.eval()
+        loss = mse_loss(state.ll_model(state.data), state.target)
+        state.ll_model.train()
+        return loss
+
+    model = nn.Sequential(nn.Linear(D, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).to(F64)
+    fixed = fixed_of(working(ll_model=model, ul_objective=ul_objective))
+    assert [(fixed.value("ll"), fixed.value("ul")) for _ in range(2)] == [(fixed.value("ll"), fixed.value("ul"))] * 2
+
+
 def test_its_models_are_copies_and_its_batches_the_first_of_each_split() -> None:
     train, validate, later = split(0), split(1), split(2)
     problem = working(train_data=train + later, validate_data=validate + later)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tests.support.broken import Broken, clamped, first_weight, flipped, seen_by, settings, wrong
 from tests.support.problems import F64, Values
 from tests.support.working import SETTINGS, D, ll_objective, split, ul_objective, working
-from tune_implicit import State
+from tune_implicit import BilevelProblem, State
 from tune_implicit.checks.findings import CheckReport, Level
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.checks.training import look_at_training
@@ -26,6 +26,24 @@ def leaves_eval_on(state: State) -> Tensor:
 
 def with_dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(D, 1), nn.Dropout(0.1)).to(F64)
+
+
+class DroppedPenalties(Values):
+    def __init__(self) -> None:
+        super().__init__(log_l2=torch.full((D,), -3.0, dtype=F64))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self) -> Tensor:
+        return self.dropout(self.log_l2.exp())
+
+
+def leaky_ul_model() -> BilevelProblem:
+    def objective(state: State) -> Tensor:
+        penalty = (state.ul_model() * state.ll_model[0].weight.square()).sum()
+        state.ul_model.eval()
+        return ul_objective(state) + penalty
+
+    return working(ul_model=DroppedPenalties(), ll_objective=objective)
 
 
 BROKEN = {
@@ -50,6 +68,7 @@ BROKEN = {
     "an objective that leaves evaluation mode on": Broken(
         "mode-leak", lambda: working(ll_model=with_dropout(), ll_objective=leaves_eval_on)
     ),
+    "an objective that leaves the ul model in evaluation mode": Broken("mode-leak", lambda: leaky_ul_model()),
     "ul loss of the wrong sign": Broken("wrong-sign", partial(working, ul_objective=lambda s: -ul_objective(s))),
     "an ll model that generalises badly": Broken(
         "wrong-sign",

@@ -1,10 +1,12 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tests.support.noisy import Worlds, noisy_objective, raising_objective
 from tests.support.problems import (
@@ -285,6 +287,28 @@ def test_auxiliary_model_takes_the_place_of_the_ll_model() -> None:
     assert trained.w.grad is None
     with pytest.raises(ValueError, match="share the parameter"):
         one.compute_gradients(None, None, one.ul_model)
+
+
+def test_the_derivatives_of_each_model_are_looked_at() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            return w.clone()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient.clone()
+
+    def objective(state: State) -> Tensor:
+        w = state.ll_model.w
+        return ll_objective(state) + (Once.apply(w).square().sum() if hasattr(state.ll_model, "once") else 0)
+
+    one, other = implicit(ll_objective=objective), Values(w=values(1, 0, -2))
+    one.compute_gradients(None, None)
+    other.once = True
+    with pytest.raises(ValueError, match="uses Once, whose backward is marked once_differentiable"):
+        one.compute_gradients(None, None, other)
 
 
 def test_data_may_be_nested() -> None:

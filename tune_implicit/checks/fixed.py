@@ -13,7 +13,7 @@ from torch.autograd import grad
 from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import named_derivatives, twice_differentiable_kernels
-from tune_implicit.hypergradients.guards.untouched import preserved_modes
+from tune_implicit.hypergradients.guards.untouched import preserved_buffers, preserved_modes
 from tune_implicit.hypergradients.products import SecondOrder
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
 from tune_implicit.hypergradients.state import Batch, Objective, State, named_trainable
@@ -96,7 +96,7 @@ class FixedProblem:
         name, models = f"{level}_objective", (self.problem.ul_model, self.problem.ll_model)
         objective = _repeated(getattr(self.problem, name), self.draw)
         batch = batch or {"ul": self.validate, "ll": self.train}[level]
-        with torch.enable_grad(), self.kernels(), preserved_modes(*models):
+        with torch.enable_grad(), self.kernels(), preserved_modes(*models), preserved_buffers(*models):
             return scalar_loss(name, objective(State(*batch, *models)))
 
     def value(self, level: str, batch: Batch | None = None) -> float:

@@ -183,7 +183,7 @@ def _modes(fixed: FixedProblem, report: CheckReport) -> None:
     seen: list[dict[str, bool]] = []
     problem = replace(fixed.problem, ll_objective=_watched(fixed.problem.ll_objective, seen))
     trained = {name: value.clone() for name, value in problem.ll_model.state_dict().items()}
-    modes = [(module, module.training) for module in problem.ll_model.modules()]
+    modes = [(module, module.training) for model in (problem.ul_model, problem.ll_model) for module in model.modules()]
     BilevelTrainer(problem, replace(fixed.settings, warmup_ll_steps=0, ul_learning_rate=0.0)).train_ll(2)
     (train_data, train_target), (data, target) = fixed.train, fixed.validate
     one = problem.implicit(**fixed.settings.of_a_solve | {"solver": "neumann", "k": 0, "stop": "tolerance"})
@@ -204,7 +204,7 @@ def _modes(fixed: FixedProblem, report: CheckReport) -> None:
 
 
 def _watched(objective: Callable[[State], Tensor], seen: list[dict[str, bool]]) -> Callable[[State], Tensor]:
-    """Return ``objective``, which adds to ``seen`` at each call in which mode each ll module began to be run."""
+    """Return ``objective``, which adds to ``seen`` at each call in which mode each module began to be run."""
 
     def watched(state: State) -> Tensor:
         modes: dict[str, bool] = {}
@@ -215,7 +215,11 @@ def _watched(objective: Callable[[State], Tensor], seen: list[dict[str, bool]]) 
 
             return hook
 
-        hooks = [module.register_forward_pre_hook(remember(name)) for name, module in state.ll_model.named_modules()]
+        hooks = [
+            module.register_forward_pre_hook(remember(f"{level}.{name}".removesuffix(".")))
+            for level in ("ul_model", "ll_model")
+            for name, module in state[level].named_modules()
+        ]
         try:
             return objective(state)
         finally:

@@ -14,7 +14,7 @@ from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
 from tune_implicit.hypergradients.guards.twice import (
-    check_second_derivatives,
+    check_derivatives,
     check_twice_differentiable,
     named_derivatives,
     twice_differentiable_kernels,
@@ -98,7 +98,7 @@ class Implicit:
         self.ll_objective = ll_objective
         self.ll_model = ll_model
         self.settings = SolverSettings(ll_learning_rate=ll_learning_rate, k=k, tolerance=tolerance, **settings)
-        self._second_derivatives_checked = False
+        self._checked: nn.Module | None = None  # the ll model with which both losses' derivatives were last looked at
         self._inverse_hvp = InverseHvp(self.settings)
 
     def compute_gradients(
@@ -165,9 +165,9 @@ class Implicit:
                 ll_loss = Loss(loss)
                 ul_print.check()
                 ll_print.check()
-                if not self._second_derivatives_checked:
-                    check_second_derivatives(ll_loss)
-                    self._second_derivatives_checked = True
+                if ll_model is not self._checked:
+                    check_derivatives(ul_loss, ll_loss)
+                    self._checked = ll_model
                 second = SecondOrder(loss, ll_params)
                 del loss
                 b = _of_used(b, ll_params, second.unused)

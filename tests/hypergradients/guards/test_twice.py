@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cuda, cudnn
 from torch.nn.functional import hardsigmoid, scaled_dot_product_attention
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.problems import F64, generator
 from tune_implicit.errors import DerivativeError
 from tune_implicit.hypergradients.guards.losses import Loss
 from tune_implicit.hypergradients.guards.twice import (
-    check_second_derivatives,
+    check_derivatives,
     check_twice_differentiable,
     named_derivatives,
     twice_differentiable_kernels,
@@ -103,18 +104,28 @@ def test_function_whose_backward_is_marked_once_differentiable_is_refused(
     with pytest.raises(
         DerivativeError, match=f"`ll_objective` uses {function.__name__}, .* marked once_differentiable"
     ):
-        check_second_derivatives(loss)
+        check_derivatives(loss, loss)
 
 
 def test_weight_norm_as_a_function_is_refused() -> None:
     loss = Loss(torch._weight_norm(weights()[:, None], torch.ones(4, 1, dtype=F64), 0).sin().sum())
     with pytest.raises(DerivativeError, match="`ll_objective` uses weight_norm, whose second derivative"):
-        check_second_derivatives(loss)
+        check_derivatives(loss, loss)
+
+
+@pytest.mark.parametrize("objective", ["ul_objective", "ll_objective"])
+def test_reentrant_checkpointing_is_refused_in_both_objectives(objective: str) -> None:
+    # What it computes once more is hidden from `torch.autograd.grad`, without a word where its input needs a gradient.
+    hiding = Loss(checkpoint(nn.Linear(4, 1, dtype=F64), weights(), use_reentrant=True).sum())
+    plain = Loss(weights().square().sum())
+    with pytest.raises(DerivativeError, match=f"`{objective}` uses reentrant checkpointing.*use_reentrant=False"):
+        check_derivatives(*((hiding, plain) if objective == "ul_objective" else (plain, hiding)))
 
 
 @pytest.mark.parametrize("function", [Twice.apply, torch.sin, torch.nn.functional.hardswish, nn.Linear(4, 4).double()])
 def test_other_functions_are_right(function: Callable[[Tensor], Tensor]) -> None:
-    check_second_derivatives(Loss(function(weights()).square().sum()))
+    loss = Loss(function(weights()).square().sum())
+    check_derivatives(loss, loss)
 
 
 # ---- what torch says

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.support.noisy import Worlds
 from tests.support.problems import F64, Values
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.guards.untouched import Fingerprint, preserved_modes, untouched
+from tune_implicit.hypergradients.guards.untouched import Fingerprint, preserved_buffers, preserved_modes, untouched
 
 
 def trample(worlds: Worlds) -> None:
@@ -102,6 +102,26 @@ def test_a_buffer_with_two_names_comes_back_under_both() -> None:
     assert model.one is model.two is buffer
 
 
+def test_a_buffer_that_shares_the_memory_of_a_parameter_is_no_edit_of_it() -> None:
+    model = Values(w=torch.ones(3))
+    model.register_buffer("shadow", model.w.detach())
+    print_ = Fingerprint([model.w])
+    with untouched(model) as put_back:
+        put_back()
+    print_.check()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_buffer_that_cannot_be_written_to_is_left_alone(inference: bool) -> None:
+    model = Values(w=torch.ones(3))
+    with torch.inference_mode(inference):
+        buffer = torch.ones(3) if inference else torch.ones(1).expand(3)
+    model.register_buffer("fixed", buffer)
+    with untouched(model):
+        model.fixed = torch.zeros(3)
+    assert model.fixed is buffer
+
+
 def test_parameters_themselves_are_not_put_back() -> None:
     """Nobody but an objective writes into them, and a :class:`Fingerprint` tells of that."""
     model = Values(w=torch.ones(3))
@@ -110,7 +130,16 @@ def test_parameters_themselves_are_not_put_back() -> None:
     assert torch.equal(model.w, torch.zeros(3))
 
 
-# ---- modes alone
+# ---- buffers alone, and modes alone
+
+
+def test_buffers_come_back_though_a_graph_holds_them() -> None:
+    model = nn.BatchNorm1d(3)
+    with preserved_buffers(model):
+        loss = model(torch.randn(8, 3)).square().sum()
+    assert torch.equal(model.running_mean, torch.zeros(3))
+    assert model.num_batches_tracked == 0
+    loss.backward()
 
 
 @pytest.mark.parametrize("fails", [False, True])

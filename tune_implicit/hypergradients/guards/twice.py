@@ -23,7 +23,7 @@ from tune_implicit.hypergradients.borrowed import (
 from tune_implicit.hypergradients.guards.losses import Loss
 
 __all__ = [
-    "check_second_derivatives",
+    "check_derivatives",
     "check_twice_differentiable",
     "named_derivatives",
     "twice_differentiable_kernels",
@@ -83,14 +83,22 @@ def check_twice_differentiable(name: str, model: nn.Module) -> None:
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
-def check_second_derivatives(ll_loss: Loss) -> None:
-    """Check that torch takes the second derivative of no function in ``ll_loss`` for zero, or gets it wrong.
+def check_derivatives(ul_loss: Loss, ll_loss: Loss) -> None:
+    """Check that torch takes no derivative of the two losses for zero, or gets it wrong, without a word.
 
     Raises
     ------
     DerivativeError
-        If it does: of a custom function whose backward is marked once_differentiable, or of ``weight_norm``.
+        If it does: the first of reentrant checkpointing in either, the second in ``ll_loss`` of a custom function whose
+        backward is marked once_differentiable, or of ``weight_norm``.
     """
+    for objective, loss in (("ul_objective", ul_loss), ("ll_objective", ll_loss)):
+        if any(node.name().startswith("CheckpointFunction") for node in loss.nodes()):
+            raise DerivativeError(
+                f"`{objective}` uses reentrant checkpointing, which hides parameters from torch.autograd.grad. Pass "
+                "use_reentrant=False to torch.utils.checkpoint.checkpoint; in transformers, "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
     for node in ll_loss.nodes():
         if node.name().startswith("WeightNorm"):
             raise DerivativeError(

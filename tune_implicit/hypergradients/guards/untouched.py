@@ -12,7 +12,7 @@ from tune_implicit.hypergradients.borrowed import set_backward_hooks, take_backw
 from tune_implicit.hypergradients.rng import remembered_rng
 from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["Fingerprint", "preserved_modes", "untouched"]
+__all__ = ["Fingerprint", "preserved_buffers", "preserved_modes", "untouched"]
 
 
 @contextmanager
@@ -33,11 +33,7 @@ def untouched(*models: nn.Module) -> Iterator[Callable[[], None]]:
         param.grad = None
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modules
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
+    put_back_buffers = _remembered_buffers(modules)
     put_back_rng = remembered_rng()
 
     def put_back() -> None:
@@ -46,10 +42,7 @@ def untouched(*models: nn.Module) -> Iterator[Callable[[], None]]:
             module.training = mode
         for param, requires_grad in zip(params, trained, strict=True):
             param.requires_grad_(requires_grad)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)
-                buffer.copy_(value)
+        put_back_buffers()
 
     try:
         yield put_back
@@ -58,6 +51,29 @@ def untouched(*models: nn.Module) -> Iterator[Callable[[], None]]:
         for param, gradient, hooks in taken:
             param.grad = gradient
             set_backward_hooks(param, hooks)
+
+
+def _remembered_buffers(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """Return a function that puts the modules' buffers back to what they are now."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+
+    def put_back() -> None:
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer)
+            if _is_writable(buffer):
+                # Through `data`, which is no edit: a graph may hold the buffer, and a parameter may share its memory.
+                buffer.data.copy_(value)
+
+    return put_back
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Return whether a tensor can be written to as a whole; where it cannot, nobody has done so."""
+    return not buffer.is_inference() and (buffer.layout is not torch.strided or 0 not in buffer.stride())
 
 
 @contextmanager
@@ -69,6 +85,16 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def preserved_buffers(*models: nn.Module) -> Iterator[None]:
+    """Leave the buffers of the models, such as the running statistics of BatchNorm, as they were."""
+    put_back = _remembered_buffers([module for model in models for module in model.modules()])
+    try:
+        yield
+    finally:
+        put_back()
 
 
 class Fingerprint:
