@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def certificate(status: Status = Status.CONVERGED, lambda_max: float = 2.0, **ch
         "hvps": 8,
         "noise_norm": math.nan,
         "stationarity": 0.0,
+        "stationarity_at_zeros": 0.0,
         "ll_norm": 3.0,
         "norm": 1.0,
         "ul_loss": 0.25,
@@ -196,10 +198,13 @@ class Regression:
         return (x @ w - y).square().mean() / 2
 
     def hypergradient(self, solver: str) -> Hypergradient:
+        return self.implicit(solver).compute_gradients(None, None)
+
+    def implicit(self, solver: str, **settings: Any) -> Implicit:
         x, y, _, _ = self.data()
         log_penalty = torch.full((6,), -1.5, dtype=F64)
         largest = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item() + log_penalty.exp().max().item()
-        implicit = Implicit(
+        return Implicit(
             lambda s: self.ul_loss(s.ll_model.w),
             Values(l=log_penalty),
             lambda s: (
@@ -209,8 +214,8 @@ class Regression:
             ll_learning_rate=1.9 / largest,
             k=5000,
             solver=solver,
+            **settings,
         )
-        return implicit.compute_gradients(None, None)
 
 
 @cache
@@ -249,6 +254,23 @@ def test_a_kink_or_a_constraint_at_the_solution_is_told(name: str, solver: str) 
     assert (result.gradients["l"] - differences(regression)).norm() > 0.01 * result.norm
     assert result.relative_stationarity > 1e-3
     assert "smooth the kink or the constraint" in result.caveat
+
+
+def test_a_small_kink_is_told_by_the_weights_that_it_holds_at_zero() -> None:
+    told = certificate(stationarity=1e-6, stationarity_at_zeros=1e-6)
+    assert told.relative_stationarity < 1e-3
+    assert "||df/dw|| is 1e-06, nearly all of it on weights that are exactly 0" in told.caveat
+    assert certificate(stationarity=1e-6, stationarity_at_zeros=5e-7).caveat == ""
+    assert certificate(stationarity=1e-12, stationarity_at_zeros=1e-12).caveat == ""  # it may be rounding
+
+
+@pytest.mark.parametrize("solver", ["cg", "minres", "neumann"])
+def test_a_warm_start_that_is_the_answer_keeps_the_caveat(solver: str) -> None:
+    implicit = NOT_SMOOTH["L1"].implicit(solver, warm_start=True, rtol=1e-3)
+    first, second = (implicit.compute_gradients(None, None) for _ in range(2))
+    assert second.solver_steps == 0
+    assert second.relative_stationarity > 1e-3
+    assert second.caveat == first.caveat != ""
 
 
 # ---- what is certified

@@ -136,11 +136,11 @@ class Scene:
     validate_data: Any = None
     train_data: Any = None
     auxiliary_model: nn.Module | None = None
-    # Of the Neumann series, in units of 1 / ||H||.
+    # The step size of the Neumann series, in units of 1 / ||H||.
     step: float = 1.9
-    # Of `Implicit`.
+    # What `Implicit` is given besides.
     arguments: dict[str, Any] = field(default_factory=dict)
-    # Of the coarsest dtype in use, where the parameters do not tell.
+    # The rounding of the coarsest dtype in use, where the parameters do not tell.
     eps: float = 0.0
     around: Callable[[], AbstractContextManager] = nullcontext
     # What is done before, with the `Implicit` that is tested.

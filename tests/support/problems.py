@@ -31,7 +31,7 @@ class Case:
     """A problem at its trained ll weights, with the answer."""
 
     problem: BilevelProblem
-    # Of the ul model's parameters, by name, in float64; empty where there is no answer.
+    # The hypergradient by name of the ul model's parameter, in float64; empty where there is no answer.
     expected: dict[str, Tensor]
     # The pieces of `H v = b` and of `v -> (d2f / dl dw) v`, in float64.
     h: Tensor

@@ -13,8 +13,11 @@ from tune_implicit.hypergradients.vectors import norm_of
 
 __all__ = ["Hypergradient", "certified"]
 
-# A relative stationarity above which the ll weights are surely at no smooth minimum.
+# A relative stationarity above which the ll weights are surely at no smooth minimum. Where nearly all of it is on
+# weights that are exactly 0, any that is more than rounding says so.
 _STATIONARY = 1e-3
+_ROUNDING = 1e-9
+_NEARLY_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Hypergradient:
         Hessian-vector products taken in all.
     noise_norm : float
         With ``stop="noise"``, the standard error of ``dF/dw`` on the validation batch, as a norm; else NaN.
-    stationarity : float
-        ``||df/dw||`` on the batch; the hypergradient's formula assumes 0.
+    stationarity, stationarity_at_zeros : float
+        ``||df/dw||`` on the batch, for which the hypergradient's formula takes 0; and that part of it which is on
+        weights that are exactly 0, where a penalty or a constraint has put them unless they have never been trained.
     ll_norm : float
         ``||w||``.
     norm : float
@@ -53,6 +57,7 @@ class Hypergradient:
     hvps: int
     noise_norm: float
     stationarity: float
+    stationarity_at_zeros: float
     ll_norm: float
     norm: float
     ul_loss: float
@@ -139,10 +144,12 @@ class Hypergradient:
         if self.status.failed:
             return ""
         told = "" if self.status is Status.CONVERGED else self.status.explanation
-        if self.relative_stationarity > _STATIONARY:
+        at_zeros = self.stationarity_at_zeros > _NEARLY_ALL * self.stationarity
+        if self.relative_stationarity > (_ROUNDING if at_zeros else _STATIONARY):
+            where = ", nearly all of it on weights that are exactly 0" if at_zeros else ""
             told += (
-                f" ||df/dw|| is {self.stationarity:.3g}, and the formula takes it to be 0: train the ll model longer, "
-                "or, where that does not help, smooth the kink or the constraint at its solution."
+                f" ||df/dw|| is {self.stationarity:.3g}{where}, and the formula takes it to be 0: train the ll model "
+                "longer, or, where that does not help, smooth the kink or the constraint at its solution."
             )
         return told.strip()
 
@@ -158,8 +165,9 @@ def certified(
     losses: tuple[Loss, Loss],
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
-    scalars = [norm_of([b]), second.stationarity, norm_of(list(gradients.values())), *(loss.value for loss in losses)]
-    b_norm, stationarity, norm, ul_loss, ll_loss = torch.stack(scalars).tolist()
+    stationary = second.stationarity, second.stationarity_at_zeros
+    scalars = [norm_of([b]), *stationary, norm_of(list(gradients.values())), *(loss.value for loss in losses)]
+    b_norm, stationarity, at_zeros, norm, ul_loss, ll_loss = torch.stack(scalars).tolist()
     if not (solution.status.failed or all(map(math.isfinite, (stationarity, norm, ul_loss, ll_loss)))):
         solution = replace(solution, status=Status.NON_FINITE)
     failed = solution.status.failed
@@ -171,6 +179,7 @@ def certified(
         hvps=second.hvps,
         noise_norm=noise,
         stationarity=stationarity,
+        stationarity_at_zeros=at_zeros,
         ll_norm=ll_norm,
         norm=math.nan if failed else norm,
         ul_loss=ul_loss,

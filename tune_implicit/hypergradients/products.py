@@ -28,8 +28,8 @@ class SecondOrder:
     ----------
     unused : list of int
         The indices of those ``ll_params`` that ``f`` does not use.
-    stationarity : Tensor, scalar
-        ``||df/dw||``, in float64.
+    stationarity, stationarity_at_zeros : Tensor, scalar
+        ``||df/dw||``, and that part of it which is on weights that are exactly 0, in float64.
     hvps : int
         Hessian-vector products taken so far.
     """
@@ -41,8 +41,10 @@ class SecondOrder:
         # A gradient that is constant in everything has no graph, and no second derivative.
         varying = {index: g for index, g in gradients.items() if g is not None and g.requires_grad}
         self._varying, self._gradients = list(varying), list(varying.values())
-        used = [gradient.detach() for gradient in gradients.values() if gradient is not None]
-        self.stationarity = norm_of(used or [torch.zeros_like(ll_loss)])
+        used = {index: gradient.detach() for index, gradient in gradients.items() if gradient is not None}
+        self.stationarity = norm_of(list(used.values()) or [torch.zeros_like(ll_loss)])
+        at_zeros = [gradient * (ll_params[index].detach() == 0) for index, gradient in used.items()]
+        self.stationarity_at_zeros = norm_of(at_zeros or [torch.zeros_like(ll_loss)])
         self.hvps = 0
 
     def hvp(self, v: Tensor) -> Tensor:
