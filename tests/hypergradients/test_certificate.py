@@ -281,7 +281,7 @@ def certify(solution: Solution = SOLUTION, ul_loss: float = 1.0, ll_loss: float 
     w = nn.Parameter(torch.zeros(2))
     gradients = {"l": torch.tensor([3.0, 4.0])}
     second = SecondOrder(slope * w.sum() + w.square().sum(), [w])
-    losses = tuple(Loss(w.sum() + value) for value in (ul_loss, ll_loss))
+    losses = tuple([Loss(w.sum() + value)] for value in (ul_loss, ll_loss))
     return certified(gradients, solution, "cg", second, torch.ones(4), 3.0, math.nan, losses), gradients
 
 
@@ -305,7 +305,7 @@ def test_an_answer_with_a_number_that_is_not_finite_is_none(where: str, bad: flo
 
 def test_a_gradient_that_is_not_finite_is_none() -> None:
     w = nn.Parameter(torch.zeros(2))
-    losses = Loss(w.sum()), Loss(w.sum())
+    losses = [Loss(w.sum())], [Loss(w.sum())]
     second = SecondOrder(w.square().sum(), [w])
     got = certified({"l": torch.tensor([math.inf])}, SOLUTION, "cg", second, torch.ones(4), 3.0, math.nan, losses)
     assert got.status is Status.NON_FINITE

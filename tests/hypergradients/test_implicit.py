@@ -311,6 +311,46 @@ def test_the_derivatives_of_each_model_are_looked_at() -> None:
         one.compute_gradients(None, None, other)
 
 
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_batches_are_averaged_at_both_levels(solver: str, retain: bool) -> None:
+    case = logistic()
+    (x, y), (x_validate, y_validate) = case.problem.train_data[0], case.problem.validate_data[0]
+
+    def problem_of(**settings: Any) -> Implicit:
+        return case.problem.implicit(ll_learning_rate=0.1, k=7, solver=solver, retain_graphs=retain, **settings)
+
+    n = len(x) - len(x) % 3, len(x_validate) - len(x_validate) % 2
+    whole = problem_of().compute_gradients(
+        x_validate[: n[1]], y_validate[: n[1]], train_data=x[: n[0]], train_target=y[: n[0]]
+    )
+    batches = [
+        list(zip(a[:m].chunk(parts), b[:m].chunk(parts), strict=True))
+        for a, b, m, parts in ((x_validate, y_validate, n[1], 2), (x, y, n[0], 3))
+    ]
+    parts = problem_of().compute_mean_gradients(*batches)
+    for name, gradient in parts.gradients.items():
+        torch.testing.assert_close(gradient, whole.gradients[name], rtol=1e-8, atol=1e-12)
+    assert parts.hvps == 3 * whole.hvps
+    for number in ("ul_loss", "ll_loss", "stationarity", "b_norm"):
+        assert getattr(parts, number) == pytest.approx(getattr(whole, number))
+
+
+def test_each_batch_is_drawn_and_run_alike() -> None:
+    """Modes, buffers and the random state are put back before each, in whichever order and how often they come."""
+    seen = []
+
+    def objective(state: State) -> Tensor:
+        seen.append((torch.rand(()).item(), state.ll_model.training))
+        state.ll_model.eval()
+        return ll_objective(state) + 0 * state.ll_model.w.pow(3).sum()
+
+    one = implicit(ll_objective=objective, ll_model=Values(w=values(1, 0, -2)), retain_graphs=False)
+    one.compute_mean_gradients([(None, None)], [(None, None)] * 3)
+    assert len(seen) > 6
+    assert len(set(seen)) == 1
+
+
 def test_data_may_be_nested() -> None:
     case = quadratic()
     p = case.problem

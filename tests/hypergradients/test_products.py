@@ -1,9 +1,12 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.problems import F64, Case, generator, loss_of, quadratic, ridge
-from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.products import MeanSecondOrder, SecondOrder
 
 
 def vector(n: int, seed: int = 0) -> Tensor:
@@ -74,3 +77,49 @@ def test_memory_layout_does_not_matter() -> None:
     v = vector(sum(param.numel() for param in plain.parameters()))
     torch.testing.assert_close(got.stationarity, expected.stationarity)
     torch.testing.assert_close(got.hvp(v), expected.hvp(v))
+
+
+# ---- the mean over batches
+
+
+def parts(model: nn.Module, ul: Tensor, n: int = 3) -> list[Callable[[], Tensor]]:
+    def loss(seed: int) -> Tensor:
+        return (ul.exp() * model(vector(12, seed).view(3, 4)).square()).mean()
+
+    return [partial(loss, seed) for seed in range(n)]
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_products_are_those_of_the_mean_loss(retain: bool) -> None:
+    model, ul = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).to(F64), nn.Parameter(vector(1))
+    params = list(model.parameters())
+    losses = parts(model, ul)
+    got = MeanSecondOrder(losses, params, retain)
+    expected = SecondOrder(torch.stack([loss() for loss in losses]).mean(), params)
+    v = vector(sum(param.numel() for param in params))
+    for _ in range(2):
+        torch.testing.assert_close(got.hvp(v), expected.hvp(v))
+    assert got.hvps == 2 * 3
+    torch.testing.assert_close(got.stationarity, expected.stationarity)
+    torch.testing.assert_close(got.mixed_vjp(v, [ul]), expected.mixed_vjp(v, [ul]))
+    assert len(got.losses) == 3
+
+
+def test_without_graphs_kept_each_batch_is_computed_once_a_product() -> None:
+    w, calls = nn.Parameter(vector(2)), []
+
+    def loss(index: int) -> Tensor:
+        calls.append(index)
+        return (index + 1) * w.pow(3).sum()
+
+    second = MeanSecondOrder([lambda: loss(0), lambda: loss(1)], [w], retain=False)
+    second.hvp(vector(2))
+    assert calls == [0, 1, 0, 1]
+
+
+def test_what_only_one_batch_uses_is_used() -> None:
+    one, other, none, ul = (nn.Parameter(vector(1, seed)) for seed in range(4))
+    second = MeanSecondOrder([lambda: ul * one.square(), lambda: other.square()], [one, other, none], retain=True)
+    assert second.unused == [2]
+    torch.testing.assert_close(second.hvp(torch.ones(3, dtype=F64)), torch.tensor([ul.item(), 1, 0], dtype=F64))
+    torch.testing.assert_close(second.mixed_vjp(torch.ones(3, dtype=F64), [ul])[0], one.detach())

@@ -1,13 +1,14 @@
 """A hypergradient: the value, what vouches for it, and why it failed where it did."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tune_implicit.hypergradients.guards.losses import Loss
-from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.products import SecondDerivatives
 from tune_implicit.hypergradients.solvers.solution import Attempt, Solution, Status
 from tune_implicit.hypergradients.vectors import norm_of
 
@@ -72,6 +73,11 @@ class Hypergradient:
     def status(self) -> Status:
         """How the solve ended; ``NON_FINITE`` also where a loss or the gradient itself is not finite."""
         return self.solution.status
+
+    @property
+    def answers(self) -> bool:
+        """Whether it can be used: no failure, and a ``v`` that is not zero unless that is the solution."""
+        return self.solution.answers
 
     @property
     def residual_norm(self) -> float:
@@ -158,15 +164,16 @@ def certified(
     gradients: dict[str, Tensor],
     solution: Solution,
     solver: str,
-    second: SecondOrder,
+    second: SecondDerivatives,
     b: Tensor,
     ll_norm: float,
     noise: float,
-    losses: tuple[Loss, Loss],
+    losses: tuple[Sequence[Loss], Sequence[Loss]],
 ) -> Hypergradient:
     """Return the hypergradient with its certificate; its numbers leave the device together."""
     stationary = second.stationarity, second.stationarity_at_zeros
-    scalars = [norm_of([b]), *stationary, norm_of(list(gradients.values())), *(loss.value for loss in losses)]
+    means = (torch.stack([loss.value for loss in of_level]).mean() for of_level in losses)
+    scalars = [norm_of([b]), *stationary, norm_of(list(gradients.values())), *means]
     b_norm, stationarity, at_zeros, norm, ul_loss, ll_loss = torch.stack(scalars).tolist()
     if not (solution.status.failed or all(map(math.isfinite, (stationarity, norm, ul_loss, ll_loss)))):
         solution = replace(solution, status=Status.NON_FINITE)

@@ -1,18 +1,18 @@
 """The hypergradient: direct minus implicit term."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import grad
 
 from tune_implicit.errors import DetachedError
 from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
-from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
+from tune_implicit.hypergradients.first_order import FirstDerivatives, coarsest
+from tune_implicit.hypergradients.guards.losses import check_devices, check_used, scalar_loss
 from tune_implicit.hypergradients.guards.twice import (
     check_derivatives,
     check_twice_differentiable,
@@ -21,11 +21,9 @@ from tune_implicit.hypergradients.guards.twice import (
 )
 from tune_implicit.hypergradients.guards.untouched import Fingerprint, untouched
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
-from tune_implicit.hypergradients.noise import standard_error
-from tune_implicit.hypergradients.products import SecondOrder
+from tune_implicit.hypergradients.products import MeanSecondOrder, SecondDerivatives, SecondOrder
 from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.state import Batch, Objective, State, check_models, named_trainable
-from tune_implicit.hypergradients.vectors import flatten
 
 __all__ = ["Implicit"]
 
@@ -136,13 +134,37 @@ class Implicit:
             If an objective returns more than a scalar, depends on no parameter, or uses what torch cannot differentiate
             as often as needed; if tensors lie on two devices, or a ul parameter is used by neither objective.
         """
+        validate, train = (validate_data, validate_target), (train_data, train_target)
+        return self.compute_mean_gradients([validate], [train], auxiliary_model)
+
+    def compute_mean_gradients(
+        self, validate: Sequence[Batch], train: Sequence[Batch], auxiliary_model: nn.Module | None = None
+    ) -> Hypergradient:
+        """Do as :meth:`compute_gradients`, for the means of both losses over several batches of one size.
+
+        Parameters
+        ----------
+        validate, train : sequence of (data, target)
+            The batches of the ul objective, and those of the ll objective and so of the Hessian and the mixed product.
+            Objectives draw the same random numbers for each.
+        auxiliary_model : Module, optional
+            The trained ll model, where it is another object than ``ll_model``.
+
+        Returns
+        -------
+        Hypergradient
+
+        Raises
+        ------
+        InvalidTypeError, InvalidValueError
+            As by :meth:`compute_gradients`.
+        """
         ll_model = self.ll_model
         if auxiliary_model is not None:
             check_models(self.ul_model, auxiliary_model)
             check_twice_differentiable("auxiliary_model", auxiliary_model)
             ll_model = auxiliary_model
         ul_params, ll_params = named_trainable(self.ul_model), list(named_trainable(ll_model).values())
-        validate, train = (validate_data, validate_target), (train_data, train_target)
         check_devices(ll_params[0].device, validate=validate, train=train)
 
         with untouched(self.ul_model, ll_model) as put_back, torch.enable_grad():
@@ -150,40 +172,42 @@ class Implicit:
                 partial(self._loss, objective, ll_model, put_back) for objective in ("ul_objective", "ll_objective")
             )
             ul_print, ll_print = Fingerprint(list(ul_params.values())), Fingerprint(ll_params)
-            with named_derivatives("ul_objective", ll_model, partial(ul_loss_of, validate)):
-                loss = ul_loss_of(validate)
-                b, direct = _first_derivatives(loss, ll_params, list(ul_params.values()))
-            ul_loss = Loss(loss)
-            del loss
-            noise = standard_error(ul_loss_of, validate, ll_params) if self.settings.stop == "noise" else math.nan
+            with named_derivatives("ul_objective", ll_model, partial(ul_loss_of, validate[0])):
+                first = FirstDerivatives(ul_loss_of, validate, ll_params, list(ul_params.values()))
+            noise = first.error() if self.settings.stop == "noise" else math.nan
 
             with (
                 twice_differentiable_kernels(ll_model),
-                named_derivatives("ll_objective", ll_model, partial(ll_loss_of, train)),
+                named_derivatives("ll_objective", ll_model, partial(ll_loss_of, train[0])),
             ):
-                loss = ll_loss_of(train)
-                ll_loss = Loss(loss)
+                second = self._second_derivatives([partial(ll_loss_of, batch) for batch in train], ll_params)
                 ul_print.check()
                 ll_print.check()
                 if ll_model is not self._checked:
-                    check_derivatives(ul_loss, ll_loss)
+                    check_derivatives(first.losses[0], second.losses[0])
                     self._checked = ll_model
-                second = SecondOrder(loss, ll_params)
-                del loss
-                b = _of_used(b, ll_params, second.unused)
+                b = _of_used(first.b, ll_params, second.unused)
                 solution = self._inverse_hvp.solve(
-                    second.hvp, b, noise if math.isfinite(noise) else 0.0, _coarsest(ll_params)
+                    second.hvp, b, noise if math.isfinite(noise) else 0.0, coarsest(ll_params)
                 )
                 mixed = second.mixed_vjp(solution.v, list(ul_params.values()))
 
-        losses = ul_loss, ll_loss
-        terms = dict(zip(ul_params, zip(direct, mixed, strict=True), strict=True))
-        check_used({name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}, *losses)
+        terms = dict(zip(ul_params, zip(first.direct, mixed, strict=True), strict=True))
+        idle = {name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}
+        check_used(idle, [*first.losses, *second.losses])
         gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
+        losses = first.losses, second.losses
         result = certified(gradients, solution, self.settings.solver_name, second, b, ll_print.norm, noise, losses)
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
         return result
+
+    def _second_derivatives(
+        self, losses: list[Callable[[], Tensor]], ll_params: list[nn.Parameter]
+    ) -> SecondDerivatives:
+        if len(losses) == 1:
+            return SecondOrder(losses[0](), ll_params)
+        return MeanSecondOrder(losses, ll_params, self.settings.retain_graphs)
 
     def _loss(self, objective: str, ll_model: nn.Module, put_back: Callable[[], None], batch: Batch) -> Tensor:
         """Return a loss; what another objective has done to modes and random state is no part of it."""
@@ -197,16 +221,6 @@ class Implicit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; what does not fit the ll model is not used."""
         self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
-
-
-def _first_derivatives(
-    ul_loss: Tensor, ll_params: list[nn.Parameter], ul_params: list[nn.Parameter]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return ``dF/dw`` of shape (n,), and ``dF/dl`` by parameter, ``None`` where ``F`` does not depend on it."""
-    first = grad(ul_loss, [*ll_params, *ul_params], allow_unused=True)
-    b = flatten([torch.zeros_like(w) if g is None else g for g, w in zip(first, ll_params, strict=False)])
-    # No solve would keep a digit of half precision; and b in more digits than products have cannot be reached.
-    return b.to(torch.promote_types(_coarsest(ll_params), torch.float32)), first[len(ll_params) :]
 
 
 def _difference(direct: Tensor | None, mixed: Tensor | None, param: Tensor) -> Tensor:
@@ -241,8 +255,3 @@ def _of_used(b: Tensor, ll_params: list[nn.Parameter], unused: list[int]) -> Ten
         )
     pieces = b.split([param.numel() for param in ll_params])
     return torch.cat([torch.zeros_like(piece) if i in unused else piece for i, piece in enumerate(pieces)])
-
-
-def _coarsest(params: list[nn.Parameter]) -> torch.dtype:
-    """Return the dtype that decides how many digits the products have."""
-    return max((param.dtype for param in params), key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,8 +1,10 @@
 """How exact ``dF/dw`` is on a validation batch."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import grad
 
@@ -11,7 +13,14 @@ from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.state import Batch, tensors_of
 from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["halves", "standard_error"]
+__all__ = ["error_of_mean", "halves", "standard_error"]
+
+
+def error_of_mean(gradients: Sequence[Tensor]) -> float:
+    """Return the norm of the standard error of the mean of ``gradients``, two or more, each of shape (n,)."""
+    mean = torch.stack(list(gradients)).mean(0)
+    squares = math.fsum(norm_of([gradient - mean]).item() ** 2 for gradient in gradients)
+    return math.sqrt(squares / (len(gradients) * (len(gradients) - 1)))
 
 
 def standard_error(loss: Callable[[Batch], Tensor], batch: Batch, params: Sequence[Tensor]) -> float:

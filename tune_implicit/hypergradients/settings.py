@@ -60,16 +60,20 @@ class SolverSettings:
         With ``"noise"`` a solve has also converged once its residual is below the standard error of ``dF/dw``, which
         the two halves of the validation batch tell, for one gradient more: the hypergradient is then as exact as the
         batch. That the training batch is a sample too is not counted, so that it takes rather too many steps than too
-        few.
+        few. Of several validation batches their spread tells, at no cost.
     warm_start : bool, default False
         Start each solve along the last answer, for one hvp more than from zero.
     preconditioner_memory : int, default 0
         Pairs of ``(n,)`` vectors that CG keeps from earlier solves, to precondition the next. It gains where ``H``
         changes slowly, on full or large training batches; on small ones it may cost more than it saves.
     fallback : bool, default False
-        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity.
+        Where the solver fails, try MINRES, then CG on a damped system, then ``ll_learning_rate`` times the identity,
+        each from where the one before it failed.
     verify : bool, default False
         Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
+    retain_graphs : bool, default True
+        Whether all of several training batches keep their graphs for the solve. Otherwise each is built anew for each
+        product, in the memory of one and for two gradients more.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class SolverSettings:
     preconditioner_memory: int = ruled(at_least(0), 0)
     fallback: bool = False
     verify: bool = False
+    retain_graphs: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)

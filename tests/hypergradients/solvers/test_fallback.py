@@ -18,13 +18,14 @@ CG = ConjugateGradient(500)
 class Ends:
     """A solver that ends as it is told, and remembers what it was given."""
 
-    def __init__(self, status: Status) -> None:
+    def __init__(self, status: Status, last: float | None = None) -> None:
         self.status = status
+        self.last = last
         self.given: list[Tensor | None] = []
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         self.given.append(v0)
-        return Solution(b, self.status, 7, 0.5)
+        return Solution(b if self.last is None else torch.full_like(b, self.last), self.status, 7, 0.5)
 
 
 # ---- damping
@@ -136,11 +137,26 @@ def test_what_is_not_finite_ends_the_chain() -> None:
     assert not last.given
 
 
-def test_each_is_given_the_warm_start() -> None:
+def test_each_starts_from_where_the_one_before_it_failed() -> None:
     one, two = Ends(Status.DIVERGED), Ends(Status.CONVERGED)
+    v0, b = vector(seed=1), vector()
+    Fallback({"one": one, "two": two}).solve(times(spd()), b, v0)
+    assert one.given[0] is v0
+    assert two.given[0] is b  # which is what such a solver returns
+
+
+@pytest.mark.parametrize("last", [0.0, math.nan, math.inf])
+def test_what_is_no_place_to_start_from_is_not_passed_on(last: float) -> None:
+    one, two = Ends(Status.DIVERGED, last), Ends(Status.CONVERGED)
     v0 = vector(seed=1)
     Fallback({"one": one, "two": two}).solve(times(spd()), vector(), v0)
-    assert one.given[0] is two.given[0] is v0
+    assert two.given[0] is v0
+
+
+def test_a_truncated_solve_that_found_nothing_is_no_answer() -> None:
+    got = Fallback({"cg": ConjugateGradient(0), "minres": Minres(3)}).solve(times(spd()), vector())
+    assert [attempt.solver for attempt in got.attempts] == ["cg", "minres"]
+    assert got.v.any()
 
 
 def test_a_saddle_is_solved_by_the_next() -> None:

@@ -35,6 +35,13 @@ def test_a_status_is_written_as_its_value() -> None:
 # ---- the solution
 
 
+@pytest.mark.parametrize("status", Status)
+def test_an_ending_that_is_an_answer_answers_unless_nothing_was_found(status: Status) -> None:
+    some, none = (Solution(torch.tensor([value, 0.0]), status, 3, 0.5) for value in (1.0, 0.0))
+    assert some.answers is (status in ANSWERS)
+    assert none.answers is (status is Status.CONVERGED)  # zero is the solution then
+
+
 def test_a_multiple_of_a_solution_is_that_of_the_multiple_of_b() -> None:
     solution = Solution(
         torch.tensor([1.0, -2.0]), Status.MAX_STEPS, 3, 0.5, 0.1, 2.0, 0.3, (Attempt("cg", Status.DIVERGED, 7),)

@@ -1,5 +1,6 @@
 """What an objective must return."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Loss:
         return {id(leaf) for node in self.nodes() if (leaf := getattr(node, "variable", None)) is not None}
 
 
-def check_used(params: dict[str, Tensor], ul_loss: Loss, ll_loss: Loss) -> None:
+def check_used(params: Mapping[str, Tensor], losses: Sequence[Loss]) -> None:
     """Check that each of ``params``, whose derivative is structurally zero, at least enters one of the losses.
 
     Raises
@@ -90,7 +91,7 @@ def check_used(params: dict[str, Tensor], ul_loss: Loss, ll_loss: Loss) -> None:
     """
     if not params:
         return
-    reached = ul_loss.leaves() | ll_loss.leaves()
+    reached = set().union(*(loss.leaves() for loss in losses))
     unused = [name for name, param in params.items() if id(param) not in reached]
     if unused:
         raise InvalidValueError(

@@ -51,7 +51,8 @@ class Damped:
 class Fallback:
     """Try solvers in turn, until one gives an answer.
 
-    A system that is not finite is not tried again: no solver could make it so.
+    Each starts from where the one before it failed. A system that is not finite is not tried again: no solver could
+    make it so.
 
     Parameters
     ----------
@@ -76,6 +77,8 @@ class Fallback:
         for name, solver in self.solvers.items():
             solution = solver.solve(hvp, b, v0)
             attempts += (Attempt(name, solution.status, solution.steps),)
-            if not solution.status.failed or solution.status is Status.NON_FINITE:
+            if solution.answers or solution.status is Status.NON_FINITE:
                 break
+            if solution.v.any() and solution.v.isfinite().all():
+                v0 = solution.v
         return replace(solution, attempts=attempts)

@@ -125,6 +125,13 @@ class Solution:
     damping: float = 0.0
     attempts: tuple[Attempt, ...] = ()
 
+    @property
+    def answers(self) -> bool:
+        """Whether ``v`` can be used: no failure, and not the zero that a truncated solve has not got away from."""
+        if self.status is Status.CONVERGED:
+            return True
+        return not self.status.failed and bool(self.v.any())
+
     def times(self, factor: float) -> "Solution":
         """Return the solution for ``factor`` times ``b``."""
         if factor == 1:
