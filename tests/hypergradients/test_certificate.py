@@ -28,6 +28,7 @@ def certificate(status: Status = Status.CONVERGED, lambda_max: float = 2.0, **ch
     """The certificate of a solve with these numbers."""
     numbers = {
         "gradients": {},
+        "direct": {},
         "solution": replace(SOLUTION, status=status, lambda_max=lambda_max),
         "solver": "cg",
         "b_norm": 4.0,
@@ -282,7 +283,7 @@ def certify(solution: Solution = SOLUTION, ul_loss: float = 1.0, ll_loss: float 
     gradients = {"l": torch.tensor([3.0, 4.0])}
     second = SecondOrder(slope * w.sum() + w.square().sum(), [w])
     losses = tuple([Loss(w.sum() + value)] for value in (ul_loss, ll_loss))
-    return certified(gradients, solution, "cg", second, torch.ones(4), 3.0, math.nan, losses), gradients
+    return certified(gradients, {}, solution, "cg", second, torch.ones(4), 3.0, math.nan, losses), gradients
 
 
 def test_an_answer_with_finite_numbers_keeps_its_status() -> None:
@@ -307,7 +308,7 @@ def test_a_gradient_that_is_not_finite_is_none() -> None:
     w = nn.Parameter(torch.zeros(2))
     losses = [Loss(w.sum())], [Loss(w.sum())]
     second = SecondOrder(w.square().sum(), [w])
-    got = certified({"l": torch.tensor([math.inf])}, SOLUTION, "cg", second, torch.ones(4), 3.0, math.nan, losses)
+    got = certified({"l": torch.tensor([math.inf])}, {}, SOLUTION, "cg", second, torch.ones(4), 3.0, math.nan, losses)
     assert got.status is Status.NON_FINITE
 
 
@@ -332,3 +333,13 @@ def test_attempts_of_a_fallback_are_recorded() -> None:
         ("minres", Status.CONVERGED),
     ]
     assert result.solver == "minres"
+
+
+def test_direct_part_is_that_of_the_ul_objective_alone() -> None:
+    case = quadratic()
+    got = case.compute("dense")
+    torch.testing.assert_close(got.direct, {"ul": 2 * case.problem.ul_model.ul.detach()})
+    implicit = -case.mixed(torch.linalg.solve(case.h, case.b))["ul"]
+    torch.testing.assert_close(got.gradients["ul"] - got.direct["ul"], implicit)
+    assert ridge(60, 20).compute("dense").direct == {}
+    assert indefinite().compute("cg").direct == {}

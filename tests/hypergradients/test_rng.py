@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from tune_implicit.hypergradients.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
+from tune_implicit.hypergradients.rng import (
+    get_rng_state,
+    preserved_rng,
+    same_rng_state,
+    seed_everything,
+    set_rng_state,
+)
 
 
 def draw() -> tuple[float, ...]:
@@ -69,3 +75,13 @@ def test_preserved_rng(fails: bool) -> None:
     except ZeroDivisionError:
         pass
     assert draw() == expected
+
+
+def test_same_rng_state_is_one_from_which_nothing_was_drawn() -> None:
+    for drawn in (random.random, np.random.rand, lambda: torch.randn(())):
+        before = get_rng_state()
+        assert same_rng_state(before, get_rng_state())
+        drawn()
+        assert not same_rng_state(before, get_rng_state())
+    assert same_rng_state(None, None)
+    assert not same_rng_state(None, before)

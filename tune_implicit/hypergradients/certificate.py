@@ -29,6 +29,8 @@ class Hypergradient:
     ----------
     gradients : dict of str to Tensor
         By name of the ul model's parameter, in its shape and dtype. Empty where the status is a failure.
+    direct : dict of str to Tensor
+        That part of it which does not go through the ll weights, of the ul values that the ul objective itself uses.
     solution : Solution
         The solution of ``H v = dF/dw``, with :attr:`damping` added to the diagonal of ``H``; its fields are attributes
         here as well.
@@ -52,6 +54,7 @@ class Hypergradient:
     """
 
     gradients: dict[str, Tensor]
+    direct: dict[str, Tensor]
     solution: Solution
     solver: str
     b_norm: float
@@ -162,6 +165,7 @@ class Hypergradient:
 
 def certified(
     gradients: dict[str, Tensor],
+    direct: dict[str, Tensor],
     solution: Solution,
     solver: str,
     second: SecondDerivatives,
@@ -180,6 +184,7 @@ def certified(
     failed = solution.status.failed
     return Hypergradient(
         gradients={} if failed else gradients,
+        direct={} if failed else direct,
         solution=solution,
         solver=solution.attempts[-1].solver if solution.attempts else solver,
         b_norm=b_norm,

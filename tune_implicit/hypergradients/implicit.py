@@ -196,8 +196,11 @@ class Implicit:
         idle = {name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}
         check_used(idle, [*first.losses, *second.losses])
         gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
+        direct = {name: d for name, (d, _) in terms.items() if d is not None}
         losses = first.losses, second.losses
-        result = certified(gradients, solution, self.settings.solver_name, second, b, ll_print.norm, noise, losses)
+        result = certified(
+            gradients, direct, solution, self.settings.solver_name, second, b, ll_print.norm, noise, losses
+        )
         for name, gradient in result.gradients.items():
             _accumulate(ul_params[name], gradient)
         return result

@@ -113,7 +113,7 @@ class MeanSecondOrder:
         ``w``.
     retain : bool
         Whether all batches keep their graphs. Otherwise each is built anew for each product, which takes the memory of
-        one, and two gradients more.
+        one, and a gradient more.
 
     Attributes
     ----------

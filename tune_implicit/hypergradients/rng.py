@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["get_rng_state", "preserved_rng", "remembered_rng", "seed_everything", "set_rng_state"]
+__all__ = ["get_rng_state", "preserved_rng", "remembered_rng", "same_rng_state", "seed_everything", "set_rng_state"]
 
 
 def seed_everything(seed: int) -> None:
@@ -42,6 +42,20 @@ def set_rng_state(state: dict[str, Any]) -> None:
     # A state of more devices than there are here sets those that are.
     for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state, device)
+
+
+def same_rng_state(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Return whether two results of :func:`get_rng_state` are the same, as they are where nothing was drawn between."""
+    if one is None or other is None:
+        return one is other
+    (_, *numpy), (_, *others) = one["numpy"], other["numpy"]
+    return (
+        one["python"] == other["python"]
+        and torch.equal(numpy[0], others[0])
+        and numpy[1:] == others[1:]
+        and torch.equal(one["cpu"], other["cpu"])
+        and all(torch.equal(a, b) for a, b in zip(one["cuda"], other["cuda"], strict=True))
+    )
 
 
 def remembered_rng() -> Callable[[], None]:

@@ -15,7 +15,7 @@ from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
 from tune_implicit.hypergradients.solvers.solution import Solver
 
-__all__ = ["SOLVERS", "SolverSettings", "relevant"]
+__all__ = ["SOLVERS", "STEP_SIZE", "SolverSettings", "relevant"]
 
 SOLVERS = ("cg", "minres", "neumann", "dense")
 
@@ -23,7 +23,7 @@ _SOLVER: Rule = (
     f"one of {', '.join(SOLVERS)}, or an object with `solve(hvp, b, v0=None)`",
     lambda value: not isinstance(value, str) or value in SOLVERS,
 )
-_STEP_SIZE: Rule = (
+STEP_SIZE: Rule = (
     f'{POSITIVE[0]}, or "auto"',
     lambda value: value in (None, "auto") or (isinstance(value, float) and POSITIVE[1](value)),
 )
@@ -73,7 +73,7 @@ class SolverSettings:
         Compute the residual anew after each solve, for one hvp; a solver that reported a smaller one has failed.
     retain_graphs : bool, default True
         Whether all of several training batches keep their graphs for the solve. Otherwise each is built anew for each
-        product, in the memory of one and for two gradients more.
+        product, in the memory of one and for a gradient more.
 
     Raises
     ------
@@ -89,7 +89,7 @@ class SolverSettings:
     k: int = ruled(at_least(0), 20)
     tolerance: float = ruled(at_least(0), 1e-10)
     rtol: float = ruled(at_least(0), 0.0)
-    step_size: float | str | None = ruled(_STEP_SIZE, None)
+    step_size: float | str | None = ruled(STEP_SIZE, None)
     damping: float = ruled(NON_NEGATIVE, 0.0)
     stop: str = ruled(one_of(("tolerance", "noise")), "tolerance")
     warm_start: bool = False

@@ -18,14 +18,15 @@ CG = ConjugateGradient(500)
 class Ends:
     """A solver that ends as it is told, and remembers what it was given."""
 
-    def __init__(self, status: Status, last: float | None = None) -> None:
+    def __init__(self, status: Status, last: float | None = None, residual: float = 0.5) -> None:
         self.status = status
         self.last = last
+        self.residual = residual
         self.given: list[Tensor | None] = []
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
         self.given.append(v0)
-        return Solution(b if self.last is None else torch.full_like(b, self.last), self.status, 7, 0.5)
+        return Solution(b if self.last is None else torch.full_like(b, self.last), self.status, 7, self.residual)
 
 
 # ---- damping
@@ -157,6 +158,30 @@ def test_a_truncated_solve_that_found_nothing_is_no_answer() -> None:
     got = Fallback({"cg": ConjugateGradient(0), "minres": Minres(3)}).solve(times(spd()), vector())
     assert [attempt.solver for attempt in got.attempts] == ["cg", "minres"]
     assert got.v.any()
+
+
+def test_a_doubtful_answer_is_left_for_a_good_one() -> None:
+    b = vector()
+    large, small = 3 * b.norm().item(), 1.9 * b.norm().item()
+    doubtful, good = Ends(Status.MAX_STEPS, residual=large), Ends(Status.MAX_STEPS, residual=small)
+    got = Fallback({"one": doubtful, "two": good}).solve(times(spd()), b)
+    assert (got.residual_norm, [attempt.solver for attempt in got.attempts]) == (small, ["one", "two"])
+    assert good.given[0] is None  # a doubtful place is none to start from
+
+
+@pytest.mark.parametrize("failure", [Status.DIVERGED, Status.NON_FINITE])
+def test_the_least_doubtful_answer_is_better_than_none(failure: Status) -> None:
+    b = vector()
+    one, two = (Ends(Status.MAX_STEPS, residual=factor * b.norm().item()) for factor in (3.0, 4.0))
+    got = Fallback({"one": one, "two": two, "three": Ends(failure)}).solve(times(spd()), b)
+    assert got.residual_norm == one.residual
+    assert [attempt.solver for attempt in got.attempts] == ["two", "three", "one"]
+
+
+def test_cg_near_a_singular_system_is_left_for_minres() -> None:
+    h, b = symmetric(torch.tensor([1.0, 1e-4, -1.0], dtype=F64)), vector(3)
+    got = Fallback({"cg": ConjugateGradient(1), "minres": Minres(1)}).solve(times(h), b)
+    assert got.residual_norm <= 2 * b.norm()
 
 
 def test_a_saddle_is_solved_by_the_next() -> None:

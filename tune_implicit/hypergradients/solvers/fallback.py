@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.solvers.arithmetic import decided_by
+from tune_implicit.hypergradients.solvers.arithmetic import decided_by, norm
 from tune_implicit.hypergradients.solvers.solution import Attempt, Hvp, Solution, Solver, Status
 from tune_implicit.hypergradients.solvers.spectrum import random_direction, spectrum
 
@@ -18,6 +18,10 @@ _LANCZOS_STEPS = 10
 
 # What the smallest eigenvalue is lifted to, in units of the largest.
 _LIFTED = 0.01
+
+# A truncated answer with a residual of more than so many times that of ``v = 0`` is doubtful: on a positive-definite
+# system CG's may be, but more often it has stepped along a direction whose curvature is about to turn negative.
+_DOUBTFUL = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ class Damped:
 class Fallback:
     """Try solvers in turn, until one gives an answer.
 
-    Each starts from where the one before it failed. A system that is not finite is not tried again: no solver could
-    make it so.
+    Each starts from where the one before it failed. A truncated answer with a residual of more than twice that of
+    ``v = 0`` is kept only where no solver after it has a good one. A system that is not finite is not tried again: no
+    solver could make it so.
 
     Parameters
     ----------
@@ -72,13 +77,25 @@ class Fallback:
             raise InvalidValueError("`solvers` must hold at least one solver, got none.")
 
     def solve(self, hvp: Hvp, b: Tensor, v0: Tensor | None = None) -> Solution:
-        """Return the first answer, or the last failure, of shape (n,), with all ``attempts``."""
-        attempts: tuple[Attempt, ...] = ()
+        """Return the first good answer, the least doubtful one, or the last failure, of shape (n,).
+
+        All ``attempts`` are told, that of what is returned as the last.
+        """
+        attempts: list[Attempt] = []
+        doubtful: list[tuple[Solution, Attempt]] = []
         for name, solver in self.solvers.items():
             solution = solver.solve(hvp, b, v0)
-            attempts += (Attempt(name, solution.status, solution.steps),)
-            if solution.answers or solution.status is Status.NON_FINITE:
+            attempts.append(Attempt(name, solution.status, solution.steps))
+            if solution.status is Status.NON_FINITE:
                 break
-            if solution.v.any() and solution.v.isfinite().all():
+            if solution.answers:
+                if solution.status is not Status.MAX_STEPS or solution.residual_norm <= _DOUBTFUL * norm(b).item():
+                    return replace(solution, attempts=tuple(attempts))
+                doubtful.append((solution, attempts[-1]))
+            elif solution.v.any() and solution.v.isfinite().all():
                 v0 = solution.v
-        return replace(solution, attempts=attempts)
+        if doubtful:
+            solution, attempt = min(doubtful, key=lambda candidate: candidate[0].residual_norm)
+            attempts.remove(attempt)
+            attempts.append(attempt)
+        return replace(solution, attempts=tuple(attempts))
