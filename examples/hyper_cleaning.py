@@ -1,7 +1,8 @@
 """Data hyper-cleaning: learn one weight per training sample when 40% of the labels are wrong.
 
 The ul model holds 800 weights, which hypergradients of the loss on clean validation data move. The search picks the
-settings around it: solver, k, learning rates, width. The same search with the ul steps switched off shows their worth.
+settings around it: where the weights start, solver, k, learning rates, width. The same search with the ul steps
+switched off shows their worth.
 
 Run both with ``make demo`` or ``python examples/hyper_cleaning.py``. The search alone, from the command line:
 ``tune-implicit run examples/hyper_cleaning.py``.
@@ -14,26 +15,31 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tune_implicit import BilevelProblem, Progress, SearchResult, State, TrialResult, search, write_report
+from tune_implicit import (
+    BilevelProblem,
+    Progress,
+    SearchResult,
+    State,
+    TrialResult,
+    recommended_space,
+    search,
+    write_report,
+)
 
 N_TRAIN, N_VALIDATE, N_SELECT = 800, 300, 300
 FLIPPED = 0.4
 WEIGHT_DECAY = 1e-3
 
-space = {
-    "solver": CategoricalDistribution(["neumann", "cg"]),
-    "k": IntDistribution(1, 20, log=True),
-    "ll_learning_rate": FloatDistribution(1e-3, 3e-2, log=True),
-    "ul_learning_rate": FloatDistribution(1e-2, 1.0, log=True),
+space = recommended_space() | {
+    "logit": FloatDistribution(-2.0, 2.0),
     "width": CategoricalDistribution([32, 64, 128]),
 }
-settings = {"ul_steps": 300, "ll_steps": 5, "ul_steps_per_report": 20}
 
 
 def data() -> dict[str, Any]:
@@ -52,11 +58,11 @@ def data() -> dict[str, Any]:
 
 
 class SampleWeights(nn.Module):
-    """One weight in (0, 1) per training sample, all 0.5 at first."""
+    """One weight in (0, 1) per training sample, all the same at first."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, logit: float) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(n))
+        self.logits = nn.Parameter(torch.full((n,), logit))
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """Return the weights of the samples ``index``."""
@@ -82,7 +88,7 @@ def problem(config: dict[str, Any], data: dict[str, Any]) -> BilevelProblem:
     """Return the problem of one trial."""
     (x, y), width = data["train"], config["width"]
     return BilevelProblem(
-        ul_model=SampleWeights(len(y)),
+        ul_model=SampleWeights(len(y), config["logit"]),
         ll_model=nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)),
         ul_objective=ul_objective,
         ll_objective=ll_objective,
@@ -118,7 +124,7 @@ def run(name: str, arguments: argparse.Namespace, arrays: dict[str, Any], **chan
         problem,
         {key: value for key, value in space.items() if key not in changes},
         data=arrays,
-        settings={**settings, **changes},
+        settings=changes,
         backend=arguments.backend,
         n_trials=arguments.trials,
         output=arguments.output / name.replace(" ", "_"),

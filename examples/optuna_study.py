@@ -5,7 +5,7 @@ Run it with ``python examples/optuna_study.py``. The problem and what is searche
 
 import optuna
 import torch
-from breast_cancer import problem, settings, space
+from breast_cancer import problem, space
 
 from tune_implicit import ImplicitObjective
 
@@ -14,7 +14,7 @@ def main(n_trials: int = 20) -> optuna.Study:
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner(n_startup_trials=4)
     )
-    study.optimize(ImplicitObjective(problem, space, settings=settings), n_trials=n_trials)
+    study.optimize(ImplicitObjective(problem, space), n_trials=n_trials)
     metrics = study.best_trial.user_attrs["metrics"]
     print(f"best select_loss {study.best_value:.4f}, accuracy {metrics['accuracy']:.3f}, with {study.best_params}")
     return study

@@ -5,7 +5,7 @@ poor trials.
 """
 
 import ray
-from breast_cancer import problem, settings, space
+from breast_cancer import problem, space
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
@@ -15,10 +15,10 @@ from tune_implicit import ImplicitOptunaSearch, ImplicitTrainable
 def main(n_trials: int = 20) -> tune.ResultGrid:
     tuner = tune.Tuner(
         tune.with_parameters(ImplicitTrainable, problem=problem),
-        param_space=settings,  # the same in every trial
+        param_space={"ul_steps_per_report": 10},  # the same in every trial
         tune_config=tune.TuneConfig(
             search_alg=ImplicitOptunaSearch(space, seed=0),
-            scheduler=ASHAScheduler(time_attr="ul_step", max_t=settings["ul_steps"], grace_period=20),
+            scheduler=ASHAScheduler(time_attr="ul_step", max_t=200, grace_period=20),
             metric="select_loss",
             mode="min",
             num_samples=n_trials,

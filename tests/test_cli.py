@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from click.testing import CliRunner, Result
 from optuna.storages import RDBStorage
 
 import tune_implicit
-from tune_implicit import load_search
-from tune_implicit.cli import main
+from tests.support import toy
+from tune_implicit import LearningWarning, load_search, recommended_space
+from tune_implicit.cli import _Told, main
 
 ROOT = Path(tune_implicit.__file__).parent.parent
 
@@ -77,6 +79,36 @@ def test_a_run_shows_its_progress_and_a_line_of_summary() -> None:
     assert "tune-implicit report tune_implicit_results/task" in summary
 
 
+@pytest.mark.parametrize("trouble", toy.TROUBLED)
+def test_a_run_whose_trials_do_not_learn_says_so_in_its_progress(trouble: str) -> None:
+    more = f"settings = settings | toy.TROUBLED[{trouble!r}]; space = {{'tolerance': FloatDistribution(0, 1e-9)}}"
+    with pytest.warns(LearningWarning) as warned:
+        result = run(more=more, code=int(trouble == "failed"))
+    assert f"{trouble}: 0, 1, 2" in str(warned[-1].message)
+    for number, line in enumerate(result.stderr.splitlines()[:3], 1):
+        assert line.startswith(f"{number}/3 trials, best ")
+        assert f", {number} did not learn, " in line
+        assert (", 100% of ul steps skipped, " in line) == (trouble == "skipped")
+
+
+def test_a_warning_of_trials_that_do_not_learn_is_one_plain_line() -> None:
+    before = warnings.formatwarning
+    with _Told():
+        assert warnings.formatwarning("Seen.", LearningWarning, "search.py", 7) == "Warning: Seen.\n"
+        other = ("Seen.", UserWarning, "search.py", 7)
+        assert warnings.formatwarning(*other) == before(*other)
+    assert warnings.formatwarning is before
+
+
+# What is picked at random need not learn.
+@pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
+def test_a_task_without_a_space_is_searched_over_the_recommended_one() -> None:
+    run("--output", "found", "--seed", "0", "--trials", "1", more="del space\nsettings = {'penalties': 4}")
+    (trial,) = load_search("found").trials
+    assert trial.state == "complete"
+    assert set(trial.config) == {*recommended_space(), "penalties", "seed"}
+
+
 def test_a_report_of_a_run() -> None:
     run("--output", "found")
     result = call("report", "found")
@@ -132,7 +164,8 @@ def test_a_define_by_run_space_and_a_sibling_module() -> None:
 
 
 def test_a_search_in_which_all_trials_failed_says_why() -> None:
-    result = run(more="space = toy.faulty('nan')", code=1)
+    with pytest.warns(LearningWarning, match=r"\(failed"):
+        result = run(more="space = toy.faulty('nan')", code=1)
     assert "None of 3 finished trials completed. Trial 0: The ll loss became nan" in result.stderr
     assert len(result.stderr.splitlines()) == 4
 
@@ -153,8 +186,7 @@ def problem(config):
     ("more", "message"),
     [
         ("del problem", "must define `problem`"),
-        ("del space", "must define `space`"),
-        ("del problem, space", "must define `problem` and `space`"),
+        ("del problem, space", "must define `problem`"),
         ("space = {}", "must name at least one setting"),
         ("space = 5", "`space` must be a dict of Optuna distributions"),
         ("space = {'k': 5}", "`space`['k'] must be an Optuna distribution, got 5"),
@@ -293,9 +325,21 @@ def check_task(tmp_path: Path, *arguments: str, changes: str = "", imported: str
 def test_check_of_a_working_task(tmp_path: Path) -> None:
     got = check_task(tmp_path)
     assert got.exit_code == 0, got.output
-    assert got.stdout.startswith("config: ll_steps=10 ul_steps=30 k=8 solver=cg ll_learning_rate=0.03162\n")
-    assert got.stdout.endswith("\npassed\n")
+    assert got.stdout.startswith("Ready to search.\nA trial with these settings takes about ")
+    assert "\nconfig: ll_steps=10 ul_steps=30 k=8 solver=cg ll_learning_rate=0.03162\n" in got.stdout
+    *_, verdict, recommended = got.stdout.splitlines()
+    assert verdict == "passed"
+    assert recommended.startswith('recommended settings: {"solver": "cg", ')
     assert got.stderr == ""
+
+
+def test_check_of_a_task_without_a_space_takes_the_middle_of_the_recommended_one(tmp_path: Path) -> None:
+    task = tmp_path / "checked.py"
+    task.write_text("from tests.support.working import working\n\ndef problem(config):\n    return working()\n")
+    got = CliRunner().invoke(main, ["check", str(task)])
+    assert got.exit_code == 0, got.output
+    middle = "ll_learning_rate=0.01 ul_learning_rate=0.01732 ul_steps=100 min_ll_steps=10 solver=minres k=5"
+    assert f"config: {middle}" in got.stdout.splitlines()
 
 
 def test_check_of_a_broken_task_as_json(tmp_path: Path) -> None:
@@ -303,6 +347,12 @@ def test_check_of_a_broken_task_as_json(tmp_path: Path) -> None:
     assert got.exit_code == 1
     told = json.loads(got.stdout)
     assert [finding["name"] for finding in told["findings"] if finding["level"] == "fault"] == ["learning-rate"]
+
+
+def test_a_thorough_check_has_no_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_implicit.checks.check._BUDGET_S", 0.0)
+    assert "not looked at for lack of time" in check_task(tmp_path).stdout
+    assert "not looked at for lack of time" not in check_task(tmp_path, "--thorough").stdout
 
 
 def test_check_of_a_problem_that_cannot_be_made(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optuna.distributions import IntDistribution
 
 from tune_implicit import ImplicitSettings, check
 
@@ -34,13 +35,18 @@ def test_optuna_study():
     assert study.best_trial.user_attrs["metrics"]["accuracy"] > 0.9
 
 
+# What a search picks at random need not learn, least of all in a few ul steps.
+unlearned = pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
+
+
+@unlearned
 @pytest.mark.parametrize("trials", ["2"])
 def test_hyper_cleaning(trials: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(
         sys, "argv", ["hyper_cleaning.py", "--backend", "optuna", "--trials", trials, "--output", "out"]
     )
     demo = importlib.import_module("hyper_cleaning")
-    monkeypatch.setitem(demo.settings, "ul_steps", 40)
+    monkeypatch.setitem(demo.space, "ul_steps", IntDistribution(20, 40))
     demo.main()
     printed = capsys.readouterr().out
     assert "hybrid search: test accuracy" in printed
@@ -52,11 +58,14 @@ def test_hyper_cleaning(trials: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_check_passes_on_the_problems_of_the_examples():
     digits = importlib.import_module("hyper_cleaning")
     settings = ImplicitSettings(ll_learning_rate=0.01, ul_steps=40)
-    for problem in (importlib.import_module("breast_cancer").problem({}), digits.problem({"width": 8}, digits.data())):
+    penalties = importlib.import_module("breast_cancer").problem({"log_l2": -5.0})
+    weights = digits.problem({"width": 8, "logit": 0.0}, digits.data())
+    for problem in (penalties, weights):
         report = check(problem, settings)
         assert report.passed, str(report)
 
 
+@unlearned
 def test_readme_problem():
     """The first Python block of the README runs as it stands."""
     code = README.read_text().split("```python\n")[1].split("```")[0]

@@ -12,6 +12,7 @@ from tune_implicit.errors import (
     DivergedError,
     InvalidTypeError,
     InvalidValueError,
+    LearningWarning,
     NoCompletedTrialError,
     SolveError,
     StorageError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from tune_implicit.searches.report import write_report
     from tune_implicit.searches.results import SearchResult, TrialResult, load_search
     from tune_implicit.searches.search import search
+    from tune_implicit.searches.space import recommended_space
 
 __all__ = [
     "Attempt",
@@ -62,6 +64,7 @@ __all__ = [
     "ImplicitTrainable",
     "InvalidTypeError",
     "InvalidValueError",
+    "LearningWarning",
     "Minres",
     "NeumannSeries",
     "NoCompletedTrialError",
@@ -79,6 +82,7 @@ __all__ = [
     "TuneImplicitError",
     "check",
     "load_search",
+    "recommended_space",
     "search",
     "write_report",
 ]
@@ -92,6 +96,7 @@ _LAZY = {
     "SearchResult": "tune_implicit.searches.results",
     "TrialResult": "tune_implicit.searches.results",
     "load_search": "tune_implicit.searches.results",
+    "recommended_space": "tune_implicit.searches.space",
     "search": "tune_implicit.searches.search",
     "write_report": "tune_implicit.searches.report",
 }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tune_implicit.checks.findings import CheckReport
-from tune_implicit.errors import InvalidValueError, NoCompletedTrialError, TuneImplicitError
+from tune_implicit.errors import InvalidValueError, LearningWarning, NoCompletedTrialError, TuneImplicitError
 
 if TYPE_CHECKING:
     from tune_implicit.searches.ledger import Progress
@@ -49,8 +50,8 @@ def run(
 ) -> None:
     """Run the search that the file TASK defines.
 
-    TASK is a Python file with `problem(config)` or `problem(config, data)`, `space`, and optionally `data()` and the
-    dict `settings`.
+    TASK is a Python file with `problem(config)` or `problem(config, data)`, and optionally `space`, `data()` and the
+    dict `settings`. Without a `space` the search is over `recommended_space()`.
     """
     folder = output or Path("tune_implicit_results") / task.stem
     with _Told():
@@ -96,10 +97,12 @@ def run(
 @main.command()
 @click.argument("task", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Write the report as JSON.")
-def check(task: Path, as_json: bool) -> None:
+@click.option("--thorough", is_flag=True, help="Take as long as it takes, rather than half a minute.")
+def check(task: Path, as_json: bool, thorough: bool) -> None:
     """Look for what is wrong with the problem that the file TASK defines, before a search.
 
-    The config is the middle of `space`, and `settings`. Exit code 1 tells of a fault, 0 of none.
+    The config is the middle of `space`, and `settings`. The report ends with the settings to take. Exit code 1 tells of
+    a fault, 0 of none.
     """
     with _Told():
         module = _load_task(task)
@@ -114,14 +117,15 @@ def check(task: Path, as_json: bool) -> None:
         report = CheckReport()
         try:
             trial = Trial(module.problem, config, data)
-            report = check_problem(trial.problem, trial.settings)
+            report = check_problem(trial.problem, trial.settings, thorough)
             trial.check_config()
         except TuneImplicitError as error:
             report.fault("problem", str(error))
         if as_json:
             click.echo(report.to_json())
         else:
-            click.echo(f"config: {' '.join(f'{key}={_short(value)}' for key, value in config.items())}\n{report}")
+            made_with = " ".join(f"{key}={_short(value)}" for key, value in config.items())
+            click.echo(f"{report.summary}\nconfig: {made_with}\n{report.details}")
     sys.exit(0 if report.passed else NOTHING_COMPLETED)
 
 
@@ -136,12 +140,22 @@ def report(directory: Path) -> None:
 
 
 class _Told:
-    """Tell the package's own errors and Ctrl-C in one line, and exit; what else is raised keeps its traceback."""
+    """Tell the package's own errors and Ctrl-C in one line, and exit; what else is raised keeps its traceback.
+
+    Of trials that did not learn it tells in a line each, without the line of code that noticed.
+    """
 
     def __enter__(self) -> None:
-        pass
+        self._format = warnings.formatwarning
+        warnings.formatwarning = self._plainly
+
+    def _plainly(self, message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        if not issubclass(category, LearningWarning):
+            return self._format(message, category, *where, **line)
+        return ("\r\033[K" if sys.stderr.isatty() else "") + f"Warning: {message}\n"
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        warnings.formatwarning = self._format
         if isinstance(error, TuneImplicitError):
             click.echo(f"Error: {error}", err=True)
             sys.exit(USAGE)
@@ -151,27 +165,29 @@ class _Told:
 
 
 def _load_task(path: Path) -> ModuleType:
-    """Return the task file as a module, with its ``problem`` and ``space``.
+    """Return the task file as a module, with its ``problem`` and ``space``, by default the recommended one.
 
     Raises
     ------
     InvalidValueError
-        If there is no such file, or it does not define both.
+        If there is no such file, or it defines no problem.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise InvalidValueError(f"`TASK` must be a Python file, got {str(path)!r}. It defines `problem` and `space`.")
+        raise InvalidValueError(f"`TASK` must be a Python file, got {str(path)!r}. It defines `problem`.")
     module = importlib.util.module_from_spec(spec)
     # Looked up by name while the file runs, e.g. by dataclasses.
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.parent.absolute()))
     spec.loader.exec_module(module)
-    missing = [name for name in ("problem", "space") if not hasattr(module, name)]
-    if missing:
+    if not hasattr(module, "problem"):
         raise InvalidValueError(
-            f"The task file {str(path)!r} must define {' and '.join(f'`{name}`' for name in missing)}: "
-            "`problem(config)` returns a BilevelProblem, `space` is a dict of Optuna distributions or a callable."
+            f"The task file {str(path)!r} must define `problem`: `problem(config)` returns a BilevelProblem."
         )
+    if not hasattr(module, "space"):
+        from tune_implicit.searches.space import recommended_space
+
+        module.__dict__["space"] = recommended_space()
     return module
 
 
@@ -183,7 +199,13 @@ def _show(progress: "Progress | None") -> None:
         return
     best = "none yet" if progress.best is None else _short(progress.best)
     left = "" if progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
-    text = f"{progress.finished}/{progress.n_trials} trials, best {best}, {progress.elapsed_s:.0f} s{left}"
+    learning = "".join(
+        f", {value:.0%} of ul steps {what}"
+        for what, value in (("skipped", progress.skipped), ("by another solver", progress.fallback))
+        if value > 0
+    )
+    learning += f", {progress.troubled} did not learn" if progress.troubled else ""
+    text = f"{progress.finished}/{progress.n_trials} trials, best {best}{learning}, {progress.elapsed_s:.0f} s{left}"
     click.echo(("\r\033[K" if terminal else "") + text, err=True, nl=not terminal)
 
 

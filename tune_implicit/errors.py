@@ -1,4 +1,4 @@
-"""The exceptions of the package: each is also the built-in that a caller would expect."""
+"""The exceptions of the package: each is also the built-in that a caller would expect. And one warning."""
 
 __all__ = [
     "CheckpointError",
@@ -7,6 +7,7 @@ __all__ = [
     "DivergedError",
     "InvalidTypeError",
     "InvalidValueError",
+    "LearningWarning",
     "NoCompletedTrialError",
     "SolveError",
     "StorageError",
@@ -52,3 +53,7 @@ class DivergedError(TuneImplicitError, ArithmeticError):
 
 class SolveError(TuneImplicitError, ArithmeticError):
     """A hypergradient's linear system could not be solved, and the settings ask to raise then."""
+
+
+class LearningWarning(UserWarning):
+    """A trial ended, but did not learn as it should have."""

@@ -151,6 +151,19 @@ def test_there_is_no_best_before_a_trial_completed(tmp_path: Path) -> None:
     assert told[0].best is None
 
 
+def test_how_the_finished_trials_learned_is_told(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    metrics = {"ul_step": 10, "skipped_ul_steps": 5, "fallback_ul_steps": 1, "troubles": "skipped lagging"}
+    trials = [
+        ended(metrics=metrics),
+        ended(state=TrialState.PRUNED, metrics={"ul_step": 30, "skipped_ul_steps": 0, "troubles": ""}),
+        ended(None, TrialState.FAIL, metrics={"ul_step": 10, "skipped_ul_steps": 0, "troubles": "failed"}),
+        ended(),  # of version 0.2, which told nothing of it
+    ]
+    ledger_of(study_of(*trials), tmp_path, on_progress=told.append).update()
+    assert [(progress.skipped, progress.fallback, progress.troubled) for progress in told] == [(5 / 50, 1 / 50, 2)]
+
+
 def test_nothing_new_is_not_told(tmp_path: Path) -> None:
     told: list[Progress] = []
     ledger = ledger_of(study_of(), tmp_path, on_progress=told.append)

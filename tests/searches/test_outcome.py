@@ -110,6 +110,20 @@ def test_only_what_failed_has_a_reason_written(outcome: Outcome, written: dict[s
     assert trial.user_attrs == written
 
 
+def test_what_a_record_says_of_how_a_trial_did_not_learn_is_written() -> None:
+    trial = ask()
+    record = RECORD | {"failure": "The ll loss became nan.", "troubles": "failed", "ul_moved": math.inf}
+    write_outcome(trial, record, Outcome(TrialState.FAIL, "The ll loss became nan."))
+    assert trial.user_attrs["troubles"] == {"failed": "The trial failed: The ll loss became nan."}
+    assert trial.user_attrs["metrics"]["troubles"] == "failed"
+
+
+def test_of_a_trial_that_learned_no_troubles_are_written() -> None:
+    trial = ask()
+    write_outcome(trial, RECORD | {"troubles": ""}, Outcome(TrialState.COMPLETE))
+    assert set(trial.user_attrs) == {"metrics"}
+
+
 # ---- whether a trial was cut off
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import toy
 from tests.support.toy import run
-from tune_implicit import InvalidValueError, SearchResult, write_report
+from tune_implicit import InvalidValueError, LearningWarning, SearchResult, write_report
 
 
 class Page(HTMLParser):
@@ -45,7 +45,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     output = tmp_path_factory.mktemp("report") / "found"
-    return run(output, 6, space=toy.faulty("none", "nan"), seed=0)
+    with pytest.warns(LearningWarning, match=r"\(failed"):
+        return run(output, 6, space=toy.faulty("none", "nan"), seed=0)
 
 
 @pytest.fixture
@@ -102,14 +103,16 @@ def test_what_a_user_names_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_escaped(tmp_path: Path) -> None:
-    result = run(tmp_path / "found", 1, space=toy.faulty("nan"))
+    with pytest.warns(LearningWarning, match=r"\(failed"):
+        result = run(tmp_path / "found", 1, space=toy.faulty("nan"))
     path = result.output / "trials.jsonl"
     path.write_text(path.read_text().replace("The ll loss", "<script>alert(1)</script>"))
     assert "script" not in Page(write_report(result.output)).tags
 
 
 def test_a_search_without_a_completed_trial(tmp_path: Path) -> None:
-    run(tmp_path / "found", 2, space=toy.faulty("nan"))
+    with pytest.warns(LearningWarning, match=r"\(failed"):
+        run(tmp_path / "found", 2, space=toy.faulty("nan"))
     page = Page(write_report(tmp_path / "found"))
     assert "None of 2 finished trials completed" in page.text
     assert page.source.count('<tr class="failed"') == 2

@@ -55,6 +55,33 @@ def test_a_search_whose_trials_were_all_pruned_is_told_why_it_has_no_best() -> N
         found(row(state="pruned")).best  # noqa: B018
 
 
+# ---- what did not learn
+
+FAILED = {"failure": "The ll loss became nan.", "troubles": "failed"}
+SKIPPED = {"skipped_ul_steps": 5, "ul_step": 6, "select_loss": 2.0, "start_loss": 1.0, "troubles": "skipped worse"}
+
+
+def test_the_troubles_of_a_trial_are_said_with_the_numbers_of_its_record() -> None:
+    failed, skipped, well, before = found(
+        row(0, metrics=FAILED), row(1, metrics=SKIPPED), row(2, metrics={"troubles": ""}), row(3)
+    ).trials
+    assert failed.troubles == {"failed": "The trial failed: The ll loss became nan."}
+    assert list(skipped.troubles) == ["skipped", "worse"]
+    assert skipped.troubles["skipped"].startswith("5 of 6 ul steps were skipped")
+    assert "its select_loss is 2, and was 1 before" in skipped.troubles["worse"]
+    assert well.troubles == before.troubles == {}
+
+
+def test_a_trouble_of_another_version_is_passed_over() -> None:
+    assert TrialResult(**row(metrics=FAILED | {"troubles": "bored failed"})).troubles.keys() == {"failed"}
+
+
+def test_the_troubles_of_a_search_are_its_trials_numbers_by_name() -> None:
+    rows = [row(0, metrics=SKIPPED), row(1), row(2, metrics=FAILED), row(3, metrics=SKIPPED)]
+    assert found(*rows).troubles == {"skipped": [0, 3], "worse": [0, 3], "failed": [2]}
+    assert found(row()).troubles == {}
+
+
 # ---- the list of trials
 
 

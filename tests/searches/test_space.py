@@ -1,14 +1,19 @@
 """What is searched: checked, suggested, and its middle."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tune_implicit import InvalidTypeError, InvalidValueError
+from tests.support import toy
+from tests.support.systems import ITERATIVE
+from tests.support.toy import run
+from tune_implicit import BilevelProblem, ImplicitSettings, InvalidTypeError, InvalidValueError, recommended_space
 from tune_implicit.searches.space import call_space, check_space, middle_config, suggest
+from tune_implicit.trials.settings import SETTINGS
 
 SPACE = {
     "lr": FloatDistribution(1e-4, 1.0, log=True),
@@ -102,3 +107,44 @@ def test_the_middle_has_the_types_of_the_space() -> None:
         "width": int,
         "solver": str,
     }
+
+
+# ---- the recommended one
+
+
+def test_the_recommended_space_offers_every_iterative_solver() -> None:
+    assert set(recommended_space()["solver"].choices) == set(ITERATIVE)
+
+
+def test_the_recommended_space_is_of_a_trials_own_settings_alone() -> None:
+    space = recommended_space()
+    check_space(space)
+    assert set(space) <= set(SETTINGS)
+
+
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_both_ends_of_the_recommended_space_are_settings(end: str) -> None:
+    ends = {name: getattr(at, end) for name, at in recommended_space().items() if name != "solver"}
+    for solver in ITERATIVE:
+        assert ImplicitSettings.from_config({**ends, "solver": solver}).ul_steps == ends["ul_steps"]
+
+
+def test_the_recommended_space_is_ones_own_to_change() -> None:
+    recommended_space().clear()
+    assert recommended_space()
+
+
+# What is picked at random need not learn.
+@pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
+def test_a_problems_own_settings_are_added_to_the_recommended_space(output: Path) -> None:
+    seen = []
+
+    def problem(config: Any) -> BilevelProblem:
+        seen.append(config["width"])
+        return toy.problem(config)
+
+    space = recommended_space() | {"width": IntDistribution(4, 8), "ul_steps": IntDistribution(2, 3)}
+    result = run(output, 4, problem=problem, space=space, settings={"penalties": 4}, seed=0)
+    assert [trial.state for trial in result.trials] == ["complete"] * 4
+    assert [trial.config["width"] for trial in result.trials] == seen
+    assert all(set(trial.config) == {*space, "penalties", "seed"} for trial in result.trials)

@@ -72,10 +72,13 @@ def test_a_file_that_is_no_storage_is_told(tmp_path: Path) -> None:
 
 
 def test_mode_is_a_direction() -> None:
-    assert direction_of("min") is StudyDirection.MINIMIZE
-    assert direction_of("max") is StudyDirection.MAXIMIZE
+    assert direction_of("select_loss", "min") is StudyDirection.MINIMIZE
+    assert direction_of("error", "min") is StudyDirection.MINIMIZE
+    assert direction_of("error", "max") is StudyDirection.MAXIMIZE
     with pytest.raises(InvalidValueError, match='must be "min" or "max", got \'minimize\''):
-        direction_of("minimize")
+        direction_of("error", "minimize")
+    with pytest.raises(InvalidValueError, match="`metric` 'train_loss' is a loss, of which the least is best"):
+        direction_of("train_loss", "max")
 
 
 # ---- opened
@@ -107,16 +110,16 @@ def test_two_folders_of_one_name_in_one_storage_are_an_error(tmp_path: Path) -> 
         run(tmp_path / "b" / "found", 1, storage=storage)
 
 
-@pytest.mark.parametrize("changes", [{"mode": "max"}, {"metric": "error"}])
+@pytest.mark.parametrize("changes", [{"mode": "max"}, {"metric": "select_loss"}])
 def test_a_resumed_search_compares_as_it_did(output: Path, changes: dict[str, str]) -> None:
-    run(output, 1)
+    run(output, 1, metric="error")
     with pytest.raises(InvalidValueError, match="Pass the same `metric` and `mode`, or another folder"):
-        run(output, 2, resume=True, **changes)
+        run(output, 2, resume=True, **{"metric": "error"} | changes)
 
 
 def test_a_resumed_search_has_the_same_settings(output: Path) -> None:
     run(output, n_trials=1)
-    with pytest.raises(InvalidValueError, match=r"holds other `settings`: k, ul_steps would change, from \[None, 6\]"):
+    with pytest.raises(InvalidValueError, match=r"holds other `settings`: k, ul_steps would change, from \[None, 5\]"):
         run(output, resume=True, settings=toy.SETTINGS | {"ul_steps": 8, "k": 2})
     assert len(run(output, resume=True, settings=toy.SETTINGS | {"seed": 3}).trials) == 3
 
@@ -124,7 +127,7 @@ def test_a_resumed_search_has_the_same_settings(output: Path) -> None:
 @pytest.mark.parametrize("setting", [lambda x: x, float("nan")], ids=["function", "NaN"])
 def test_a_setting_without_a_value_to_compare_is_no_other_search(output: Path, setting: Any) -> None:
     def problem(config: Any, data: Any = None) -> Any:
-        return toy.problem({"activation": config["activation"]})
+        return toy.problem({name: config[name] for name in ("activation", "penalties")})
 
     settings = toy.SETTINGS | {"activation": setting}
     run(output, n_trials=1, problem=problem, settings=settings)
@@ -132,7 +135,7 @@ def test_a_setting_without_a_value_to_compare_is_no_other_search(output: Path, s
 
 
 def test_a_resumed_search_has_the_same_choices(output: Path) -> None:
-    run(output, 1, space=toy.faulty("none", "nan"))
+    run(output, 1, space={**toy.SPACE, "fault": CategoricalDistribution(["none", "no fault"])})
     with pytest.raises(InvalidValueError, match=r"Optuna does not mix the two\. Pass the same, or another folder"):
         run(output, 2, resume=True, space=toy.faulty("none"))
     # What Optuna can mix may change.

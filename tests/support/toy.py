@@ -19,9 +19,16 @@ from tune_implicit import BilevelProblem, ImplicitObjective, SearchResult, State
 from tune_implicit.searches.study import open_storage
 
 SPACE = {"k": IntDistribution(1, 8), "ll_learning_rate": FloatDistribution(1e-3, 1e-1, log=True)}
-# Three reports a trial.
-SETTINGS = {"ul_steps": 6, "ul_steps_per_report": 2, "ll_steps": 2, "solver": "cg"}
+# Three reports a trial. Of five ul steps at most four find the ll model lagging, which is not yet told of. One ul value
+# may come back to where it began, but not four.
+SETTINGS = {"ul_steps": 5, "ul_steps_per_report": 2, "ll_steps": 2, "solver": "cg", "penalties": 4}
 PARAMS = {"k": 3, "ll_learning_rate": 0.02}
+# Settings with which a trial does not learn, by what is then told.
+TROUBLED = {
+    "skipped": {"fault": "indefinite", "k": 1, "on_failure": "skip", "ll_steps": 0},
+    "unmoved": {"ul_learning_rate": 1e-9, "adapt_ul_learning_rate": False},
+    "failed": {"ll_learning_rate": 1e200},
+}
 
 
 class MistakeError(Exception):
@@ -38,20 +45,24 @@ def error(state: State) -> Tensor:
 
 def problem(config: Mapping[str, Any], data: Any = None) -> BilevelProblem:
     # Ridge regression whose `fault`, from the config, is how its trial ends.
-    fault = config.get("fault", "none")
+    fault, penalties = config.get("fault", "none"), config.get("penalties", 1)
     x = torch.randn(3, 8, 4, generator=generator(), dtype=F64)
     y = x.sum(-1, keepdim=True) + 0.1 * torch.randn(3, 8, 1, generator=generator(1), dtype=F64)
 
     def ll_objective(state: State) -> Tensor:
         if fault == "mistake":
             raise MistakeError("the objective is wrong")
-        loss = ul_objective(state) + state.ul_model.log_l2.exp() * state.ll_model.weight.square().sum()
-        return loss * {"nan": math.nan, "indefinite": -1.0}.get(fault, 1.0)
+        # "past" is trained past where the ul objective is least, up to three times as far.
+        aim = 3 * state.target if fault == "past" else state.target
+        loss = (state.ll_model(state.data) - aim).square().mean()
+        loss = loss + (state.ul_model.log_l2.exp() * state.ll_model.weight.square()).sum()
+        late = fault == "late nan" and state.ll_model.weight.sum() > 3
+        return loss * (math.nan if late else {"nan": math.nan, "indefinite": -1.0}.get(fault, 1.0))
 
     if fault == "mistake at once":
         raise MistakeError("the factory is wrong")
     return BilevelProblem(
-        ul_model=Values(log_l2=torch.tensor(-3.0, dtype=F64)),
+        ul_model=Values(log_l2=torch.full((penalties,), -3.0, dtype=F64)),
         ll_model=nn.Linear(4, 1, dtype=F64),
         ul_objective=ul_objective,
         ll_objective=ll_objective,

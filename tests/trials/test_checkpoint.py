@@ -8,7 +8,11 @@ from tests.support.noisy import assert_same_bits
 from tune_implicit.errors import CheckpointError
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 
-STATE = {"trainer": {"w": torch.arange(3.0), "step": 2, "name": "cg", "nothing": None}, "history": [{"ul_step": 2}]}
+STATE = {
+    "trainer": {"w": torch.arange(3.0), "step": 2, "name": "cg", "nothing": None},
+    "history": [{"ul_step": 2}],
+    "kept": {"ul_model": {"l": torch.zeros(2)}},
+}
 
 
 @pytest.fixture
@@ -17,7 +21,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left_in_the_folder(path: Path) -> None:
-    write_checkpoint(path, {"trainer": {}, "history": []})
+    write_checkpoint(path, {"trainer": {}, "history": [], "kept": {}})
     write_checkpoint(path, STATE)
     assert_same_bits(read_checkpoint(path), STATE)
     assert list(path.parent.iterdir()) == [path]
@@ -32,7 +36,7 @@ def test_a_write_that_fails_leaves_what_was_there_before(path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(path, {"trainer": {}, "history": []})
+        write_checkpoint(path, {"trainer": {}, "history": [], "kept": {}})
     assert_same_bits(read_checkpoint(path), STATE)
 
 
@@ -43,7 +47,9 @@ def test_what_a_write_cut_short_has_left_is_in_the_way_of_no_other(path: Path) -
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", None, {"a": 1}, {"trainer": {}}, [STATE]], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", None, {"a": 1}, {"trainer": {}, "history": []}, [STATE]], ids=str
+)
 def test_what_is_no_checkpoint(content: object, path: Path) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -72,7 +78,7 @@ def test_checkpoints_run_no_code(path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (path.parent / "sprung",))
 
-    torch.save({"trainer": Trap(), "history": []}, path)
+    torch.save({"trainer": Trap(), "history": [], "kept": {}}, path)
     with pytest.raises(CheckpointError):
         read_checkpoint(path)
     assert not (path.parent / "sprung").exists()

@@ -8,7 +8,17 @@ from tests.support import toy
 from tests.support.problems import F64, quadratic, ridge
 from tests.support.working import finish
 from tune_implicit.hypergradients.solvers.solution import Status
-from tune_implicit.trials.record import CERTIFICATE, COUNTERS, LOSSES, RESERVED, certificate
+from tune_implicit.trials.record import (
+    CERTIFICATE,
+    COUNTERS,
+    LEARNING,
+    LOSSES,
+    RESERVED,
+    STATE,
+    certificate,
+    check_metric,
+    finite,
+)
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer
 from tune_implicit.trials.trial import Trial
@@ -23,9 +33,9 @@ def test_design_names_of_the_metrics_are_reserved() -> None:
 
 
 def test_every_name_of_a_record_is_reserved_and_stands_once() -> None:
-    names = [*LOSSES, *CERTIFICATE, *COUNTERS]
+    names = [*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE]
     assert len(set(names)) == len(names)
-    assert {*names, "completed", "selected_on", "failure"} == RESERVED
+    assert set(names) == RESERVED
 
 
 def test_what_a_trainer_counts_is_an_attribute_of_it() -> None:
@@ -93,3 +103,29 @@ def test_record_of_a_saddle_has_no_nan(solver: str, on_failure: str) -> None:
     assert record["solver_used"] == ("minres" if failing and on_failure == "fallback" else solver)
     assert record["fallback_ul_steps"] == (5 if failing and on_failure == "fallback" else 0)
     assert record["skipped_ul_steps"] == (5 if failing and on_failure == "skip" else 0)
+
+
+# ---- what trials are compared by
+
+
+def test_numbers_that_are_not_finite_are_left_out() -> None:
+    record = {"a": 1.0, "b": math.nan, "c": -math.inf, "d": "text", "e": 3, "f": True}
+    assert finite(record) == {"a": 1.0, "d": "text", "e": 3, "f": True}
+
+
+def test_metric_may_be_the_largest_or_the_least_one() -> None:
+    check_metric("accuracy", "max")
+    check_metric("accuracy", "min")
+    check_metric("select_loss", "min")
+
+
+@pytest.mark.parametrize("mode", ["maximize", "", None])
+def test_message_of_a_mode_that_is_none(mode: object) -> None:
+    with pytest.raises(ValueError, match=rf'^`mode` must be "min" or "max", got {mode!r}\.$'):
+        check_metric("accuracy", mode)
+
+
+@pytest.mark.parametrize("metric", LOSSES)
+def test_message_of_the_largest_loss(metric: str) -> None:
+    with pytest.raises(ValueError, match=rf"^`metric` '{metric}' is a loss, .*largest: take mode=.min. .*`metrics`"):
+        check_metric(metric, "max")

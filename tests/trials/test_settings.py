@@ -22,7 +22,8 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
     assert [settings.k, settings.ll_steps, settings.seed, settings.rtol, settings.tolerance] == [3, 5, 7, 0.5, 0.0]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        assert type(value) is field.type or field.name == "step_size"
+        assert type(value) is field.type or field.name in ("step_size", "ll_steps")
+    assert type(settings.ll_steps) is int
     assert type(ImplicitSettings(step_size=np.float32(0.5)).step_size) is float
     assert type(ImplicitSettings(verify=np.bool_(True)).verify) is bool
 
@@ -36,11 +37,17 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
         ("rtol", [-1e-9, math.nan], "0 or more"),
         ("ll_learning_rate", [0.0, -1.0, math.inf, math.nan], "positive and finite"),
         ("ul_learning_rate", [-1.0, math.inf, math.nan], "0 or more and finite"),
-        ("ll_steps", [-1], "0 or more"),
+        ("ll_steps", [-1, "", "automatic"], '0 or more, or "auto"'),
         ("ul_steps", [0, -1], "1 or more"),
+        ("min_ll_steps", [0, -1], "1 or more"),
+        ("max_ll_steps", [0, -1], "1 or more"),
         ("warmup_ll_steps", [-1], "0 or more"),
+        ("ul_batches", [0, -1], "1 or more"),
         ("ul_steps_per_report", [0], "1 or more"),
-        ("on_failure", ["ignore"], "one of skip, raise, fallback, stop"),
+        ("keep", ["first", ""], "one of best, last"),
+        ("patience", [-1], "0 or more"),
+        ("step_size", [0.0, -1.0, math.nan, "automatic"], 'positive and finite, or "auto"'),
+        ("on_failure", ["ignore"], "one of fallback, skip, raise, stop"),
         ("seed", [-1], "0 or more"),
     ],
 )
@@ -56,6 +63,10 @@ def test_message_of_a_value_out_of_range(name: str, values: list, rule: str) -> 
         ("k", [1.5, "3", True, None, math.nan, math.inf, [3]], "an integer"),
         ("tolerance", ["1e-3", True, None], "a number"),
         ("solver", [None, 3, ConjugateGradient(1)], "a string"),
+        ("ll_steps", [1.5, True, None, [3]], '0 or more, or "auto"'),
+        ("ul_batches", [1.5, "2", None], "an integer"),
+        ("adapt_ul_learning_rate", [1, "yes", None], "True or False"),
+        ("keep", [None, True], "a string"),
     ],
 )
 def test_message_of_a_wrong_type(name: str, values: list, rule: str) -> None:
@@ -81,3 +92,20 @@ def test_fallback_is_a_policy(policy: str) -> None:
     assert "fallback" not in SETTINGS
     settings = ImplicitSettings.from_config({"on_failure": policy, "fallback": "a key of the user's own"})
     assert SolverSettings(**settings.of_a_solve).fallback is (policy == "fallback")
+
+
+@pytest.mark.parametrize(("ll_steps", "least"), [("auto", 7), (3, 3), (0, 0), (np.float64(12.0), 12)])
+def test_ll_steps_that_are_surely_taken(ll_steps: object, least: int) -> None:
+    assert ImplicitSettings(ll_steps=ll_steps, min_ll_steps=7).least_ll_steps == least
+
+
+def test_message_of_a_least_above_the_most() -> None:
+    with pytest.raises(ValueError, match=r"^`min_ll_steps` must be at most `max_ll_steps`, got 9 and 8\.$"):
+        ImplicitSettings(min_ll_steps=9, max_ll_steps=8)
+    assert ImplicitSettings(min_ll_steps=8, max_ll_steps=8).least_ll_steps == 8
+
+
+@pytest.mark.parametrize("step_size", [None, "auto", 0.5])
+def test_step_size_is_for_the_series(step_size: object) -> None:
+    settings = ImplicitSettings(step_size=step_size, solver="neumann", ll_learning_rate=0.1)
+    assert settings.of_a_solve["step_size"] == step_size

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tests.support.problems import generator
-from tune_implicit.hypergradients.rng import seed_everything
+from tune_implicit.hypergradients.rng import get_rng_state, same_rng_state, seed_everything
 from tune_implicit.hypergradients.state import tensors_of
 from tune_implicit.trials.splits import BatchStream, batches_of, check_split, move
 
@@ -45,6 +45,14 @@ class Walk:
             yield position, position
 
 
+class Shuffled:
+    """A re-iterable that draws the whole order of a pass at its start."""
+
+    def __iter__(self):
+        for index in torch.randperm(10).split(3):
+            yield X[index], Y[index]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from zip(X, Y, strict=True)
@@ -61,6 +69,7 @@ DATA = {
     "iterable data set": lambda: DataLoader(Stream(), batch_size=4),
     "drawing": Drawing,
     "walk": Walk,
+    "shuffled a pass": Shuffled,
 }
 
 
@@ -169,3 +178,114 @@ def test_a_split_needs_no_length(kind: str) -> None:
 def test_message_of_a_batch_that_is_no_pair(data: Any, got: str) -> None:
     with pytest.raises(TypeError, match=rf"must yield \(data, target\) pairs, got {got}\. .*pass \[\(data, target\)\]"):
         list(batches_of("train_data", data))
+
+
+# ---- data that draw
+
+
+@pytest.mark.parametrize("kind", ["shuffled a pass", "drawing", "walk", "iterable data set"])
+def test_drawing_data_leave_the_random_state_of_the_trial_alone(kind: str) -> None:
+    seed_everything(1)
+    stream = BatchStream("train_data", DATA[kind]())
+    stream.next()  # which draws a seed
+    before = get_rng_state()
+    for _ in range(30):
+        stream.next()
+        assert same_rng_state(get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["shuffled a pass", "drawing", "walk"])
+def test_drawing_data_are_the_same_whatever_else_is_drawn(kind: str) -> None:
+    taken = []
+    for draws in (False, False, True):
+        seed_everything(1)
+        stream = BatchStream("train_data", DATA[kind]())
+        batches = []
+        for _ in range(30):
+            batches.append(stream.next()[0].tolist())
+            if draws:
+                take(BatchStream("validate_data", DATA["augmented"]()), 1, draw=True)
+        taken.append(batches)
+    assert taken[0] == taken[1] == taken[2]
+    assert len(set(map(str, taken[0]))) > 20  # and every pass draws anew
+    seed_everything(2)
+    stream = BatchStream("train_data", DATA[kind]())
+    assert [stream.next()[0].tolist() for _ in range(30)] != taken[0]
+
+
+class Watching:
+    """Data that see, at each batch, whether the random state is that of the trial."""
+
+    def __init__(self, draws: str) -> None:
+        self.draws, self.of_trial, self.swapped = draws, torch.get_rng_state(), []
+
+    def __iter__(self):
+        if self.draws == "at start":
+            torch.randperm(10)
+        for _ in range(4):
+            if self.draws == "at each":
+                torch.randn(())
+            self.swapped.append(not torch.equal(torch.get_rng_state(), self.of_trial))
+            yield X, Y
+
+
+@pytest.mark.parametrize(
+    ("draws", "later"),
+    [("at start", [True, False, False, False]), ("at each", [True] * 4), ("nothing", [True, False, False, False])],
+)
+def test_random_state_is_changed_at_each_batch_only_for_data_that_draw_there(draws: str, later: list[bool]) -> None:
+    data = Watching(draws)
+    stream = BatchStream("train_data", data)
+    stream.next()
+    data.of_trial = torch.get_rng_state()
+    data.swapped.clear()
+    while len(data.swapped) < 11:
+        stream.next()
+    # The first pass finds it out.
+    assert data.swapped == [True] * 3 + later * 2
+    # And a stream that goes on from its state knows it.
+    resumed = BatchStream("train_data", data)
+    resumed.load_state_dict(stream.state_dict())
+    data.of_trial = torch.get_rng_state()
+    data.swapped.clear()
+    while len(data.swapped) < 4:
+        resumed.next()
+    assert data.swapped == later
+
+
+def test_stream_saved_in_its_first_pass_has_not_forgotten_what_it_has_seen() -> None:
+    """Data that draw once after the first batch, and have done so when the state is taken."""
+
+    class Once:
+        def __iter__(self):
+            for index in range(4):
+                shift = torch.randn(()) if index == 1 else 0.0
+                yield X + shift, Y
+
+    seed_everything(1)
+    stream = BatchStream("train_data", Once())
+    take(stream, 3, draw=True)
+    state = stream.state_dict()
+    expected = take(stream, 12, draw=True)
+    seed_everything(2)
+    resumed = BatchStream("train_data", Once())
+    resumed.load_state_dict(state)
+    assert take(resumed, 12, draw=True) == expected
+
+
+def test_data_that_begin_to_draw_later_are_found_out() -> None:
+    class Augmented:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for _ in range(4):
+                yield X + (torch.randn(()) if self.passes > 9 else 0.0), Y
+
+    stream = BatchStream("train_data", Augmented())
+    for _ in range(4 * 20):
+        stream.next()
+    before = get_rng_state()
+    for _ in range(8):
+        stream.next()
+        assert same_rng_state(get_rng_state(), before)

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,8 +15,10 @@ from tests.support.noisy import assert_same_bits, random_problem
 from tests.support.problems import Values, generator
 from tests.support.working import finish
 from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeError, InvalidValueError, SolveError
+from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.problem import BilevelProblem
-from tune_implicit.trials.record import RESERVED
+from tune_implicit.trials.record import LOSSES, RESERVED
 from tune_implicit.trials.trial import Trial, run_trial
 
 X, Y = torch.randn(12, 3, generator=generator()), torch.randn(12, 1, generator=generator(1))
@@ -47,8 +50,8 @@ CONFIG = {"ul_steps": 5, "ul_steps_per_report": 2, "k": 2}
 def test_record_has_the_documented_names_and_flat_finite_values() -> None:
     trial = Trial(lambda config: linear_problem(config, {"metrics": {"mae": lambda s: 0.5}}), CONFIG)
     record = finish(trial)
-    # The series meets no smallest curvature, and no noise was asked for.
-    assert set(record) == RESERVED - {"failure", "lambda_min", "noise_norm"} | {"mae"}
+    # No noise was asked for.
+    assert set(record) == RESERVED - {"failure", "noise_norm"} | {"mae"}
     assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
     assert json.loads(json.dumps(trial.history)) == trial.history
     assert [entry["ul_step"] for entry in trial.history] == [2, 4, 5]
@@ -215,3 +218,266 @@ def test_checkpoint_continues_with_a_warm_solver(step_size: object, tmp_path: Pa
     resumed.load(path)
     assert finish(resumed) == finish(trial)
     assert_same_bits(resumed.trainer.state_dict(), trial.trainer.state_dict())
+
+
+# ---- which report is kept, and when a trial ends
+
+
+def scripted(*scores: float) -> dict[str, Any]:
+    """A metric that is measured as ``scores``, one a report."""
+    script = iter(scores)
+    return {"metrics": {"score": lambda s: next(script)}}
+
+
+def scored(*scores: float, mode: str = "min", **config: Any) -> Trial:
+    """A trial that reports at every ul step and is compared by its score."""
+    config = {"ul_steps": len(scores), "ul_steps_per_report": 1, "ll_steps": 2, "k": 2, **config}
+    return Trial(linear_problem, config, scripted(*scores), "score", mode)
+
+
+def models_of(trial: Trial) -> dict[str, Any]:
+    return copy.deepcopy({name: getattr(trial.problem, name).state_dict() for name in ("ul_model", "ll_model")})
+
+
+def kept_models(trial: Trial, folder: Path) -> dict[str, Any]:
+    trial.save(folder / "kept.pt")
+    return read_checkpoint(folder / "kept.pt")["kept"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "keep", "kept"), [("min", "best", 2), ("max", "best", 3), ("min", "last", 4), ("max", "last", 4)]
+)
+def test_report_that_is_kept(mode: str, keep: str, kept: int, tmp_path: Path) -> None:
+    scores = [3.0, 1.0, 4.0, 2.0]
+    trial = scored(*scores, mode=mode, keep=keep)
+    models = []
+    while not trial.completed:
+        trial.advance()
+        models.append(models_of(trial))
+    record, of_kept = trial.record, trial.history[kept - 1]
+    assert (record["kept_ul_step"], record["kept_value"], record["last_value"]) == (kept, scores[kept - 1], 2.0)
+    assert {name: record[name] for name in (*LOSSES, "score")} == {name: of_kept[name] for name in (*LOSSES, "score")}
+    assert (record["ul_step"], record["ended_by"], record["completed"]) == (4, "steps", True)
+    assert_same_bits(kept_models(trial, tmp_path), models[kept - 1])
+    assert [entry["score"] for entry in trial.history] == scores  # as they were measured
+
+
+def test_kept_models_have_the_value_that_is_told(tmp_path: Path) -> None:
+    trial = scored(1.0, 2.0, 3.0)
+    finish(trial)
+    saved = kept_models(trial, tmp_path)["ll_model"]
+    told = trial.record["select_loss"]
+    assert told == pytest.approx(mse_loss(X[9:] @ saved["weight"].T + saved["bias"], Y[9:]).item())
+    with torch.no_grad():
+        assert told != pytest.approx(mse_loss(trial.problem.ll_model(X[9:]), Y[9:]).item())
+
+
+def test_while_a_trial_goes_on_its_record_is_that_of_its_last_report() -> None:
+    trial = scored(1.0, 2.0, 3.0)
+    trial.advance()
+    record = trial.advance()
+    assert record == trial.record
+    assert (record["score"], record["last_value"], record["kept_value"], record["kept_ul_step"]) == (2.0, 2.0, 1.0, 1)
+    assert (record["completed"], record["ended_by"]) == (False, "")
+
+
+def test_equal_report_is_no_better() -> None:
+    assert finish(scored(1.0, 1.0, 1.0))["kept_ul_step"] == 1
+
+
+def test_patience_completes_a_trial() -> None:
+    trial = scored(2.0, 1.0, 3.0, 1.0, 3.0, 0.0, patience=3)
+    record = finish(trial)
+    assert (record["ul_step"], record["kept_ul_step"]) == (5, 2)
+    assert (record["ended_by"], record["completed"]) == ("patience", True)
+    assert [entry["completed"] for entry in trial.history] == [False] * 4 + [True]
+    assert trial.record["score"] == 1.0
+
+
+def test_patience_is_counted_from_the_best_report() -> None:
+    assert finish(scored(5.0, 6.0, 4.0, 5.0, 3.0, 4.0, patience=2))["ended_by"] == "steps"
+    record = finish(scored(5.0, 6.0, 7.0, 8.0, patience=2, keep="last"))
+    assert (record["ul_step"], record["kept_ul_step"], record["ended_by"]) == (3, 3, "patience")
+
+
+def test_patience_of_zero_never_ends_a_trial() -> None:
+    record = finish(scored(*range(1, 13), patience=0))
+    assert (record["ul_step"], record["ended_by"]) == (12, "steps")
+
+
+def test_trial_that_diverges_after_a_report_keeps_the_best_one(tmp_path: Path) -> None:
+    trial = scored(1.0, 2.0, math.nan, 3.0)
+    trial.advance()
+    models = models_of(trial)
+    record = finish(trial)
+    assert (record["ended_by"], record["completed"]) == ("divergence", True)
+    assert "diverged" in record["troubles"].split()
+    assert (record["score"], record["kept_value"], record["kept_ul_step"]) == (1.0, 1.0, 1)
+    assert record == trial.record
+    assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
+    assert_same_bits(kept_models(trial, tmp_path), models)
+    # It is completed for whoever loads it, too.
+    trial.save(tmp_path / "trial.pt")
+    loaded = scored(1.0)
+    loaded.load(tmp_path / "trial.pt")
+    assert loaded.record == record
+
+
+def test_ll_loss_that_diverges_after_a_report_ends_the_trial_as_well() -> None:
+    growing = {"ll_optimizer": torch.optim.SGD}
+    trial = Trial(linear_problem, {**CONFIG, "ul_steps": 40, "ll_learning_rate": 1.5, "ll_steps": 10}, growing)
+    record = finish(trial)
+    assert record["ended_by"] == "divergence"
+    assert record["ul_step"] < 40
+    assert math.isfinite(record["select_loss"])
+
+
+@pytest.mark.parametrize(("keep", "scores"), [("last", [1.0, math.nan]), ("best", [math.nan]), ("last", [math.inf])])
+def test_divergence_with_no_report_to_keep_is_raised(keep: str, scores: list[float]) -> None:
+    trial = scored(*scores, keep=keep)
+    with pytest.raises(DivergedError, match=rf"`score` became (nan|inf) by ul step {len(scores)}"):
+        finish(trial)
+
+
+@pytest.mark.parametrize(("keep", "scores"), [("best", [math.nan]), ("last", [1.0, math.nan])])
+def test_divergence_at_the_last_ul_step_completes_nothing(keep: str, scores: list[float], tmp_path: Path) -> None:
+    trial = scored(*scores, keep=keep, ul_steps=len(scores))
+    with pytest.raises(DivergedError):
+        finish(trial)
+    assert (trial.completed, trial.ended_by) == (False, "")
+    trial.save(tmp_path / "trial.pt")
+    loaded = scored(*scores, keep=keep, ul_steps=len(scores))
+    loaded.load(tmp_path / "trial.pt")
+    assert not loaded.completed
+    with pytest.raises(DivergedError, match=f"diverged at ul step {len(scores)}, and has none left to take"):
+        loaded.advance()
+
+
+def test_history_tells_the_same_troubles_as_the_record() -> None:
+    for scores in [(1.0, 0.5, 9.0), (1.0, 0.5, math.nan)]:
+        trial = scored(*scores, ul_steps=3)
+        record = finish(trial)
+        assert {trial.history[-1][name] == record[name] for name in ("troubles", "completed", "ended_by")} == {True}
+
+
+def test_metric_that_no_one_reports_keeps_the_last_report() -> None:
+    trial = Trial(linear_problem, {**CONFIG, "patience": 1}, metric="accuracy")
+    record = finish(trial)
+    assert (record["kept_ul_step"], record["ended_by"]) == (5, "steps")
+    assert "kept_value" not in record
+
+
+def test_start_loss_is_measured_before_the_first_step() -> None:
+    trial = Trial(linear_problem, CONFIG)
+    with torch.no_grad():
+        start = mse_loss(trial.problem.ll_model(X[9:]), Y[9:]).item()
+    assert [trial.advance()["start_loss"] for _ in range(3)] == pytest.approx([start] * 3)
+
+
+def test_start_loss_that_is_not_finite_is_left_out() -> None:
+    calls = iter(range(99))
+
+    def ul_objective(state: State) -> torch.Tensor:
+        loss = mse_loss(state.ll_model(state.data), state.target)
+        return loss / 0 if next(calls) == 0 else loss
+
+    record = finish(Trial(lambda config: replace(linear_problem(config), ul_objective=ul_objective), CONFIG))
+    assert "start_loss" not in record
+    assert record["completed"]
+
+
+# ---- loaded
+
+
+def test_loaded_trial_keeps_what_was_best(tmp_path: Path) -> None:
+    scores = [3.0, 1.0, 2.0, 4.0]
+    trial, resumed = scored(*scores), scored(*scores[2:], ul_steps=4)
+    for _ in range(2):
+        trial.advance()
+    trial.save(tmp_path / "trial.pt")
+    resumed.load(tmp_path / "trial.pt")
+    assert resumed.record == trial.record
+    # Training goes on from one random state, so that one of the two has to wait.
+    expected = finish(trial), kept_models(trial, tmp_path), trial.trainer.state_dict()
+    assert expected[0]["kept_ul_step"] == 2
+    assert_same_bits((finish(resumed), kept_models(resumed, tmp_path), resumed.trainer.state_dict()), expected)
+    assert resumed.record == trial.record
+    assert resumed.history == trial.history
+
+
+def test_loaded_trial_goes_on_waiting(tmp_path: Path) -> None:
+    trial = scored(1.0, 2.0, 3.0, ul_steps=9, patience=3)
+    for _ in range(3):
+        trial.advance()
+    trial.save(tmp_path / "trial.pt")
+    resumed = scored(4.0, 5.0, ul_steps=9, patience=3)
+    resumed.load(tmp_path / "trial.pt")
+    assert (finish(resumed)["ul_step"], resumed.ended_by) == (4, "patience")
+
+
+def test_trial_that_learns_all_by_itself_resumes_in_the_same_bits(tmp_path: Path) -> None:
+    """The adaptive rate, as many ll steps as it takes, several batches, the best report: all as by default."""
+
+    def noisy(config: dict[str, Any]) -> BilevelProblem:
+        return random_problem()
+
+    config = {"ul_steps": 7, "ul_steps_per_report": 2, "ul_batches": 2, "ul_learning_rate": 0.1, "min_ll_steps": 2}
+    trial, resumed = Trial(noisy, config), Trial(noisy, config)
+    for _ in range(2):
+        trial.advance()
+    trial.save(tmp_path / "trial.pt")
+    finish(trial)
+    expected = copy.deepcopy(trial.trainer.state_dict())
+    resumed.load(tmp_path / "trial.pt")
+    finish(resumed)
+    assert_same_bits(resumed.trainer.state_dict(), expected)
+    assert resumed.history == trial.history
+    assert resumed.record == trial.record
+    assert_same_bits(kept_models(resumed, tmp_path), kept_models(trial, tmp_path))
+
+
+def test_checkpoint_of_another_trial_goes_on_under_ones_own_settings(tmp_path: Path) -> None:
+    """As population-based training does."""
+    donor = scored(3.0, 1.0, 2.0, 2.0, ul_learning_rate=0.01, ul_steps=9)
+    own = scored(0.5, 5.0, ul_learning_rate=0.2, ul_steps=6, ll_learning_rate=0.003, patience=4)
+    for _ in range(4):
+        donor.advance()
+    donor.save(tmp_path / "trial.pt")
+    own.load(tmp_path / "trial.pt")
+    factor = donor.trainer.ul_rate / 0.01
+    assert own.trainer.ul_rate == pytest.approx(0.2 * factor)
+    assert own.record["start_loss"] == donor.record["start_loss"]
+    record = own.advance()
+    assert (record["kept_ul_step"], record["kept_value"]) == (5, 0.5)
+    assert finish(own)["ended_by"] == "steps"
+    assert own.trainer.ul_step == 6
+
+
+@pytest.mark.parametrize(("of_donor", "of_own"), [("last", "best"), ("best", "last")])
+def test_checkpoint_of_a_trial_that_keeps_another_report(of_donor: str, of_own: str, tmp_path: Path) -> None:
+    donor = scored(1.0, 2.0, keep=of_donor, ul_steps=4)
+    for _ in range(2):
+        donor.advance()
+    donor.save(tmp_path / "trial.pt")
+    own = scored(3.0, 4.0, keep=of_own, ul_steps=4)
+    own.load(tmp_path / "trial.pt")
+    models = []
+    while not own.completed:
+        own.advance()
+        models.append(models_of(own))
+    record = own.record
+    # Of the donor's reports there are no models to be kept, so that the best is one of its own.
+    kept = {"best": (3, 3.0), "last": (4, 4.0)}[of_own]
+    assert (record["kept_ul_step"], record["kept_value"]) == kept
+    assert_same_bits(kept_models(own, tmp_path), models[kept[0] - 3])
+
+
+@pytest.mark.parametrize("metric", LOSSES)
+def test_trials_are_never_compared_by_the_largest_loss(metric: str) -> None:
+    with pytest.raises(InvalidValueError, match=rf"`metric` '{metric}' is a loss, of which the least is best"):
+        Trial(linear_problem, CONFIG, metric=metric, mode="max")
+
+
+def test_mode_is_min_or_max() -> None:
+    with pytest.raises(InvalidValueError, match=r'`mode` must be "min" or "max", got \'best\''):
+        Trial(linear_problem, CONFIG, mode="best")

@@ -28,6 +28,10 @@ class Progress:
         Trials that ended, and those asked for.
     best : float, optional
         The best value so far.
+    skipped, fallback : float
+        The shares of the finished trials' ul steps that were skipped, and that another solver than theirs answered.
+    troubled : int
+        Finished trials that did not learn as they should have; each says why in :attr:`TrialResult.troubles`.
     elapsed_s, remaining_s : float
         Seconds since the call, and an estimate of those left; ``None`` before there is one.
     """
@@ -35,6 +39,9 @@ class Progress:
     finished: int
     n_trials: int
     best: float | None
+    skipped: float
+    fallback: float
+    troubled: int
     elapsed_s: float
     remaining_s: float | None
 
@@ -101,7 +108,13 @@ class Ledger:
         remaining = self.elapsed_s / done * max(0, self._n_trials - len(finished)) if done else None
         if remaining is not None and self._time_budget_s is not None:
             remaining = min(remaining, max(0.0, self._time_budget_s - self.elapsed_s))
-        return Progress(len(finished), self._n_trials, best, self.elapsed_s, remaining)
+        records = [trial.user_attrs.get(METRICS_ATTR, {}) for trial in finished]
+        taken = max(1, sum(record.get("ul_step", 0) for record in records))
+        skipped, fallback = (
+            sum(record.get(name, 0) for record in records) / taken for name in ("skipped_ul_steps", "fallback_ul_steps")
+        )
+        troubled = sum(bool(record.get("troubles")) for record in records)
+        return Progress(len(finished), self._n_trials, best, skipped, fallback, troubled, self.elapsed_s, remaining)
 
     def _finished(self) -> list[FrozenTrial]:
         trials = self._study.get_trials(deepcopy=False)

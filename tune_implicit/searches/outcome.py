@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.searches.results import number_or_text
 from tune_implicit.trials.record import Record
+from tune_implicit.trials.troubles import sentences
 
 __all__ = [
     "CHECKPOINT_ATTR",
@@ -20,6 +21,7 @@ __all__ = [
     "FAILURE_ATTR",
     "METRICS_ATTR",
     "RAY_TRIAL_ATTR",
+    "TROUBLES_ATTR",
     "Outcome",
     "failure_of",
     "is_interrupted",
@@ -29,9 +31,11 @@ __all__ = [
     "write_outcome",
 ]
 
-# The user attributes of a trial in its study: its last record; why it failed; whether it was cut off; its config, where
-# that is not its params; the artifact, or the trial of Ray's, that holds its checkpoint.
+# The user attributes of a trial in its study: its last record; what it says of how the trial did not learn; why it
+# failed; whether it was cut off; its config, where that is not its params; the artifact, or the trial of Ray's, that
+# holds its checkpoint.
 METRICS_ATTR = "metrics"
+TROUBLES_ATTR = "troubles"
 FAILURE_ATTR = "failure"
 INTERRUPTED_ATTR = "interrupted"
 CONFIG_ATTR = "config"
@@ -109,6 +113,8 @@ def write_outcome(trial: optuna.Trial, record: Record, outcome: Outcome) -> None
         if isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
     }
     trial.set_user_attr(METRICS_ATTR, plain)
+    if troubles := sentences(plain):
+        trial.set_user_attr(TROUBLES_ATTR, troubles)
     write_failure(trial, outcome)
 
 

@@ -1,6 +1,7 @@
 """What finished searches look like to a person: one self-contained HTML file."""
 
 import math
+from collections.abc import Callable
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
@@ -10,6 +11,7 @@ import jinja2
 
 from tune_implicit.errors import CheckpointError, InvalidValueError, NoCompletedTrialError
 from tune_implicit.searches.results import SUMMARY_FILE, SearchResult, TrialResult, load_search
+from tune_implicit.trials.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 REPORT_FILE = "report.html"
+
+# What the table of trials says of how each learned, by heading.
+LEARNING: dict[str, Callable[[Record], Any]] = {
+    "ul steps": lambda record: record.get("ul_step"),
+    "skipped": lambda record: _share(record, "skipped_ul_steps"),
+    "by another solver": lambda record: _share(record, "fallback_ul_steps"),
+    "ul values moved": lambda record: record.get("ul_moved"),
+    "residual": lambda record: record.get("relative_residual"),
+    "stationarity": lambda record: record.get("relative_stationarity"),
+}
 MAX_UL_PLOTS = 6
 
 
@@ -53,6 +65,7 @@ def write_report(directory: str | Path) -> Path:
     html = environment.get_template("report.html.jinja").render(
         overview=_svg(_best_so_far(searches)),
         columns=_names(search.summary.notes for search in searches),
+        learning=LEARNING,
         searches=[_section(search) for search in searches],
     )
     path = folder / REPORT_FILE
@@ -99,6 +112,11 @@ def _title(search: SearchResult) -> str:
 def _names(rows: Any) -> list[str]:
     """Return the keys of ``rows`` in the order of first appearance."""
     return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "title"]
+
+
+def _share(record: Record, name: str) -> str | None:
+    """Return the part of a trial's ul steps that ``name`` counts."""
+    return f"{record[name] / record['ul_step']:.0%}" if record.get("ul_step") and name in record else None
 
 
 def _short(value: Any) -> str:

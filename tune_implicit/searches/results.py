@@ -13,6 +13,7 @@ from torch import Tensor
 from tune_implicit.errors import CheckpointError, InvalidValueError, NoCompletedTrialError
 from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.record import Record
+from tune_implicit.trials.troubles import sentences
 
 __all__ = [
     "SearchResult",
@@ -65,14 +66,14 @@ class TrialResult:
 
     @property
     def ul_state(self) -> dict[str, Tensor]:
-        """The learned ul values, for ``ul_model.load_state_dict``."""
-        ul_state: dict[str, Tensor] = self._saved()["trainer"]["ul_model"]
+        """The learned ul values of the report that is kept, for ``ul_model.load_state_dict``."""
+        ul_state: dict[str, Tensor] = self._saved()["kept"]["ul_model"]
         return ul_state
 
     @property
     def ll_state(self) -> dict[str, Tensor]:
-        """The trained ll model, for ``ll_model.load_state_dict``."""
-        ll_state: dict[str, Tensor] = self._saved()["trainer"]["ll_model"]
+        """The trained ll model of the report that is kept, for ``ll_model.load_state_dict``."""
+        ll_state: dict[str, Tensor] = self._saved()["kept"]["ll_model"]
         return ll_state
 
     @property
@@ -80,6 +81,11 @@ class TrialResult:
         """Its records, each with ``"ul_quantiles"``."""
         history: list[Record] = self._saved()["history"]
         return history
+
+    @property
+    def troubles(self) -> dict[str, str]:
+        """In what it did not learn as it should have: by name, what was seen and the setting to change."""
+        return sentences(self.metrics)
 
     def _saved(self) -> dict[str, Any]:
         if self.checkpoint is None:
@@ -156,6 +162,12 @@ class SearchResult:
     def interrupted(self) -> bool:
         """Whether the search ended before its trials and its time budget did."""
         return self.summary.interrupted
+
+    @property
+    def troubles(self) -> dict[str, list[int]]:
+        """The numbers of the trials that did not learn as they should have, by the name of what was wrong."""
+        names = dict.fromkeys(name for trial in self.trials for name in trial.troubles)
+        return {name: [trial.number for trial in self.trials if name in trial.troubles] for name in names}
 
     def annotate(self, **notes: Any) -> "SearchResult":
         """Return the result with ``notes`` added, such as a test score, in its folder and so in its report as well."""

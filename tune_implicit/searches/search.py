@@ -1,6 +1,7 @@
 """n trials on a named backend, and their result, which stays on disk."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from tune_implicit.errors import InvalidValueError
+from tune_implicit.errors import InvalidValueError, LearningWarning
 from tune_implicit.searches.engines import optuna_study
 from tune_implicit.searches.engines.base import Engine, Work
 from tune_implicit.searches.engines.optuna_study import OptunaEngine
 from tune_implicit.searches.engines.ray_tune import folder as ray_folder
 from tune_implicit.searches.ledger import Ledger, Progress
+from tune_implicit.searches.outcome import TROUBLES_ATTR
 from tune_implicit.searches.quiet import quiet_optuna
 from tune_implicit.searches.results import SearchResult
 from tune_implicit.searches.space import Space, check_space
@@ -59,7 +61,8 @@ def search(
 
     A trial that fails with numbers (it diverged, or ran out of memory) is recorded and the search goes on; any other
     exception of a trial ends the search and is raised. Ctrl-C ends it as well, without an exception: what finished is
-    kept, and the result says that it was interrupted.
+    kept, and the result says that it was interrupted. Of trials that did not learn as they should have a
+    :class:`LearningWarning` tells: once of each kind as they end, and of all of them at the end of the search.
 
     Parameters
     ----------
@@ -76,7 +79,8 @@ def search(
     n_trials : int
         Trials in all, those of a search that is resumed included.
     metric, mode : str
-        What trials are compared by, and whether ``"min"`` or ``"max"`` of it is better.
+        What trials are compared by, and whether ``"min"`` or ``"max"`` of it is better. By it each trial keeps its best
+        report.
     time_budget_s : float, optional
         Start no trial after so many seconds. Ray also ends those that run, Optuna lets the one that runs finish.
     output : path, optional
@@ -115,7 +119,7 @@ def search(
     """
     _check(backend, n_trials, time_budget_s, pruner, scheduler, (cpus_per_trial, gpus_per_trial))
     check_space(space)
-    direction = direction_of(mode)
+    direction = direction_of(metric, mode)
     folder = Path(output) if output is not None else Path("tune_implicit_results") / time.strftime("%Y-%m-%d_%H%M%S")
     settings = merged({} if seed is None else {"seed": seed}, settings or {})
     with quiet_optuna():
@@ -141,7 +145,23 @@ def search(
         finally:
             end_running(study)
             ledger.update()
-    return SearchResult.write(folder, ledger.summary(backend, metric, mode))
+    result = SearchResult.write(folder, ledger.summary(backend, metric, mode))
+    _tell_troubles(study, result)
+    return result
+
+
+def _tell_troubles(study: optuna.Study, result: SearchResult) -> None:
+    """Say which trials did not learn, in the study and by a warning."""
+    study.set_user_attr(TROUBLES_ATTR, result.troubles)
+    if result.troubles:
+        trials = sorted({number for numbers in result.troubles.values() for number in numbers})
+        told = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in result.troubles.items())
+        warnings.warn(
+            f"{len(trials)} of {len(result.trials)} trials did not learn as they should ({told}). What was seen, and "
+            "which setting to change, is in `troubles` of each trial, and in the report.",
+            LearningWarning,
+            stacklevel=3,
+        )
 
 
 def _saved_at(trial: FrozenTrial) -> str | None:

@@ -10,9 +10,31 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.searches.quiet import quiet_optuna
 
-__all__ = ["Space", "call_space", "check_space", "middle_config", "suggest"]
+__all__ = ["Space", "call_space", "check_space", "middle_config", "recommended_space", "suggest"]
 
 Space = Mapping[str, BaseDistribution] | Callable[[optuna.Trial], dict[str, Any] | None]
+
+
+def recommended_space() -> dict[str, BaseDistribution]:
+    """Return what to search where nothing is known of a problem.
+
+    Add the problem's own settings to it, and where its ul values start: ``recommended_space() | {"log_l2":
+    FloatDistribution(-8, 0)}``. A hypergradient points downhill from there, and not always to the lowest place.
+
+    Returns
+    -------
+    dict of Optuna distributions
+        ``ll_learning_rate``; ``ul_learning_rate``, the start of the ul rate; ``ul_steps`` and ``min_ll_steps``, how a
+        trial is split into ul steps of ll steps; ``solver``, with each of the iterative ones, and its ``k``.
+    """
+    return {
+        "ll_learning_rate": FloatDistribution(1e-3, 1e-1, log=True),
+        "ul_learning_rate": FloatDistribution(3e-3, 1e-1, log=True),
+        "ul_steps": IntDistribution(50, 200, log=True),
+        "min_ll_steps": IntDistribution(5, 20, log=True),
+        "solver": CategoricalDistribution(["minres", "cg", "neumann"]),
+        "k": IntDistribution(3, 10, log=True),
+    }
 
 
 def check_space(space: Space) -> None:

@@ -19,6 +19,7 @@ from tune_implicit.searches.borrowed import contains, end, running_trial
 from tune_implicit.searches.outcome import CUT_OFF, is_interrupted, write_failure
 from tune_implicit.searches.results import number_or_text, read_trials
 from tune_implicit.searches.space import Space
+from tune_implicit.trials.record import check_metric
 
 __all__ = ["direction_of", "end_running", "open_storage", "open_study", "queue_interrupted"]
 
@@ -58,16 +59,15 @@ def open_storage(storage: str | BaseStorage) -> BaseStorage:
         ) from error
 
 
-def direction_of(mode: str) -> StudyDirection:
+def direction_of(metric: str, mode: str) -> StudyDirection:
     """Return Optuna's direction for Ray's ``mode``.
 
     Raises
     ------
     InvalidValueError
-        If ``mode`` is neither ``"min"`` nor ``"max"``.
+        If ``mode`` is neither ``"min"`` nor ``"max"``, or ``"max"`` of a loss.
     """
-    if mode not in ("min", "max"):
-        raise InvalidValueError(f'`mode` must be "min" or "max", got {mode!r}.')
+    check_metric(metric, mode)
     return StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
 
 

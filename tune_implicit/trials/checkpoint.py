@@ -32,6 +32,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read as a trial's checkpoint: {error}") from error
-    if not isinstance(state, dict) or not {"trainer", "history"} <= set(state):
+    if not isinstance(state, dict) or not {"trainer", "history", "kept"} <= set(state):
         raise CheckpointError(f"{str(path)!r} must be a trial's checkpoint, got another file.")
     return state

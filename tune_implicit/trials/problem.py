@@ -27,6 +27,14 @@ class OptimizerFactory(Protocol):
         ...
 
 
+def quick_adam(params: list[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    """Return Adam with a short memory, so that ul steps turn as soon as their hypergradients do.
+
+    A trial takes some hundred ul steps, and with the usual memory of ten would go on past its optimum for ten of them.
+    """
+    return torch.optim.Adam(params, lr=lr, betas=(0.5, 0.9))
+
+
 NO_SELECT_DATA = (
     "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the search then "
     "favours the trial that overfits it most. Hold out a third split."
@@ -52,8 +60,10 @@ class BilevelProblem:
         What the search compares. Without it, that is ``validate_data``, and a warning says so.
     metrics : mapping of str to callable(State) -> float, optional
         Measured on ``select_data`` in evaluation mode, and averaged over batches by their size.
-    ll_optimizer, ul_optimizer : callable(params, lr=...) -> Optimizer
+    ll_optimizer : callable(params, lr=...) -> Optimizer
         Adam by default.
+    ul_optimizer : callable(params, lr=...) -> Optimizer
+        By default Adam with ``betas=(0.5, 0.9)``: it is to turn as soon as the hypergradients do.
     project : callable(ul_model), optional
         Called after each ul step, without gradients, to put constrained ul values back into their set in place.
 
@@ -75,7 +85,7 @@ class BilevelProblem:
     select_data: Iterable[Batch] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     ll_optimizer: OptimizerFactory = torch.optim.Adam
-    ul_optimizer: OptimizerFactory = torch.optim.Adam
+    ul_optimizer: OptimizerFactory = quick_adam
     project: Callable[[nn.Module], object] | None = None
 
     def __post_init__(self) -> None:

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.certificate import Hypergradient
 
-__all__ = ["COUNTERS", "LOSSES", "RESERVED", "Record", "certificate"]
+__all__ = ["COUNTERS", "LEARNING", "LOSSES", "RESERVED", "Record", "certificate", "check_metric", "finite"]
 
 Record = dict[str, Any]
 
@@ -28,11 +29,32 @@ CERTIFICATE = {
 }
 
 # What a trainer counts, by the names of its attributes.
-COUNTERS = ("ul_step", "ll_step", "skipped_ul_steps", "fallback_ul_steps", "hvps", "gradient_evaluations")
+COUNTERS = (
+    "ul_step",
+    "ll_step",
+    "skipped_ul_steps",
+    "fallback_ul_steps",
+    "lagging_ul_steps",
+    "hvps",
+    "gradient_evaluations",
+)
 
-STATE = ("completed", "selected_on", "failure")
+# How a trainer learns, by the names of its attributes.
+LEARNING = ("ul_rate", "ul_moved", "ll_lag")
 
-RESERVED = frozenset({*LOSSES, *CERTIFICATE, *COUNTERS, *STATE})
+STATE = (
+    "start_loss",
+    "kept_value",
+    "kept_ul_step",
+    "last_value",
+    "completed",
+    "ended_by",
+    "selected_on",
+    "troubles",
+    "failure",
+)
+
+RESERVED = frozenset({*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE})
 
 
 def certificate(hypergradient: Hypergradient | None) -> Record:
@@ -40,5 +62,26 @@ def certificate(hypergradient: Hypergradient | None) -> Record:
     if hypergradient is None:
         return {}
     values = {name: getattr(hypergradient, attribute) for name, attribute in CERTIFICATE.items()}
-    values["solver_status"] = hypergradient.status.value
+    return finite(values | {"solver_status": hypergradient.status.value})
+
+
+def finite(values: Record) -> Record:
+    """Return ``values`` without the numbers that are not finite: no engine is told of them."""
     return {name: value for name, value in values.items() if isinstance(value, str) or math.isfinite(value)}
+
+
+def check_metric(metric: str, mode: str) -> None:
+    """Check that trials can be compared by ``metric``, of which ``mode`` is best.
+
+    Raises
+    ------
+    InvalidValueError
+        If ``mode`` is neither ``"min"`` nor ``"max"``, or it would take the largest loss for the best.
+    """
+    if mode not in ("min", "max"):
+        raise InvalidValueError(f'`mode` must be "min" or "max", got {mode!r}.')
+    if mode == "max" and metric in LOSSES:
+        raise InvalidValueError(
+            f"`metric` {metric!r} is a loss, of which the least is best, but trials would be compared by the largest: "
+            'take mode="min" (direction="minimize"), or a metric of the problem\'s own (`metrics` of BilevelProblem).'
+        )

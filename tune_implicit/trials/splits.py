@@ -18,7 +18,13 @@ from torch.utils.data import (
 
 from tune_implicit.errors import CheckpointError, InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.borrowed import map_tensors
-from tune_implicit.hypergradients.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
+from tune_implicit.hypergradients.rng import (
+    get_rng_state,
+    preserved_rng,
+    same_rng_state,
+    seed_everything,
+    set_rng_state,
+)
 from tune_implicit.hypergradients.state import Batch
 
 __all__ = ["BatchStream", "batches_of", "check_split", "move"]
@@ -27,6 +33,9 @@ _EMPTY = (
     "`{name}` must hold at least one batch, got none. "
     "Check the split's size against the loader's `batch_size` and `drop_last`."
 )
+
+# A pass of so many in which a split is looked at anew.
+_LOOKS_AGAIN = 16
 
 # These draw the whole order of a pass at its start.
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -98,32 +107,58 @@ class BatchStream:
         Read anew for each pass. Random choices it makes must come from the global generators of Python, NumPy and
         torch, or from the ``generator`` of a DataLoader or its sampler. One that may remember what it drew between
         batches, as a shuffle buffer does, draws from a random state of its own, so that it can be read again without
-        the draws that training makes in between.
+        the draws that training makes in between. Whether it draws after the first batch of a pass is learned in the
+        first one, and looked at again every 16 passes: to change the random state at each batch takes a tenth of a
+        millisecond.
     """
 
     def __init__(self, name: str, data: Iterable[Batch]) -> None:
         self._name = name
         self._data = data
         self._batches: Iterator[Batch] | None = None
-        self._position = 0
+        self._position = self._passes = 0
         self._start: dict[str, Any] | None = None
-        # The random state of its own, where it needs one.
+        # The random state of its own, where it needs one; and whether it draws after the first batch of a pass, as it
+        # is taken to until the end of a pass in which it did not.
         self._own: dict[str, Any] | None = None
+        self._draws_later: bool | None = None
 
     def next(self) -> Batch:
         """Return the next ``(data, target)`` pair."""
-        with self._drawing():
-            batch = None if self._batches is None else next(self._batches, None)
-            if batch is None:
-                self._start, self._position = self._random_state(), 0
+        batch = None if self._batches is None else self._later()
+        if batch is None:
+            with self._drawing():
+                self._start, self._position, self._passes = self._random_state(), 0, self._passes + 1
                 self._batches = batches_of(self._name, self._data)
                 batch = next(self._batches)
         self._position += 1
         return batch
 
+    def _later(self) -> Batch | None:
+        """Return the next batch of the present pass, ``None`` at its end."""
+        assert self._batches is not None
+        looks = self._position == 1 and self._passes % _LOOKS_AGAIN == 0
+        if not self._may_remember_draws() or (self._draws_later is False and not looks):
+            return next(self._batches, None)
+        before = self._own
+        with self._drawing():
+            batch = next(self._batches, None)
+        if self._draws_later is not True and not same_rng_state(before, self._own):
+            self._draws_later = True
+        elif self._draws_later is None and batch is None:
+            self._draws_later = False
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream is, as plain data."""
-        return {"position": self._position, "start": self._start, "now": self._random_state(), "own": self._own}
+        return {
+            "position": self._position,
+            "start": self._start,
+            "now": self._random_state(),
+            "own": self._own,
+            "passes": self._passes,
+            "draws_later": self._draws_later,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where ``state`` was taken; this moves the global random state, which the caller sets afterwards.
@@ -144,11 +179,11 @@ class BatchStream:
                         f"{batch}. Load it with the data it was saved with."
                     )
         self._set_random_state(state["now"])
-        self._own = state["own"]
+        self._own, self._passes, self._draws_later = state["own"], state["passes"], state["draws_later"]
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Draw from a random state of its own where the data may remember draws; it costs a tenth of a millisecond."""
+        """Draw from a random state of its own where the data may remember draws."""
         if not self._may_remember_draws():
             yield
             return

@@ -14,16 +14,19 @@ from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import Batch, State, named_trainable
+from tune_implicit.hypergradients.vectors import norm_of
 from tune_implicit.trials.problem import BilevelProblem, OptimizerFactory
+from tune_implicit.trials.rate import UlRate
 from tune_implicit.trials.record import COUNTERS
 from tune_implicit.trials.settings import ImplicitSettings
+from tune_implicit.trials.settling import WINDOW, Settling
 from tune_implicit.trials.splits import BatchStream, move
 
 __all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,15 @@ class BilevelTrainer:
         ul steps not taken because their solve failed.
     fallback_ul_steps : int
         ul steps whose first solver failed, and another answered.
+    lagging_ul_steps : int
+        ul steps before which :attr:`ll_lag` was above 1.
     hvps : int
         Hessian-vector products so far.
     gradient_evaluations : int
         Cost so far in gradients: 1 for each, 2 for each hvp and each mixed product.
+    ll_lag : float
+        What was left, before the last ul step, of the one before it, in units of what that had promised: how far the ll
+        model lagged behind. NaN where it could not be seen.
     """
 
     def __init__(self, problem: BilevelProblem, settings: ImplicitSettings) -> None:
@@ -76,9 +84,12 @@ class BilevelTrainer:
         self.ll_step = 0
         self.skipped_ul_steps = 0
         self.fallback_ul_steps = 0
+        self.lagging_ul_steps = 0
         self.hvps = 0
         self.gradient_evaluations = 0
+        self.ll_lag = math.nan
         self._failures_in_a_row = 0
+        self._looks = False  # whether the next gradient is one to look at
         self._ll_params = list(named_trainable(problem.ll_model).values())
         self._ul_params = list(named_trainable(problem.ul_model).values())
         self._device = self._ll_params[0].device
@@ -86,12 +97,15 @@ class BilevelTrainer:
         self._ul_optimizer = _make_optimizer(problem.ul_optimizer, self._ul_params, settings.ul_learning_rate)
         # As the settings made them, before any step or loaded state changes them.
         self._own_options = {name: _options(optimizer) for name, optimizer in self._optimizers().items()}
+        self._rate = UlRate(self._ul_optimizer, self._ul_params, settings.adapt_ul_learning_rate)
+        self._settling = Settling(self._ll_params)
+        self._ul_start = [param.detach().clone() for param in self._ul_params]
         self._train = BatchStream("train_data", problem.train_data)
         self._validate = BatchStream("validate_data", problem.validate_data)
         self._implicit = problem.implicit(**settings.of_a_solve)
 
     def step(self) -> Step:
-        """Take ``ll_steps`` optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
+        """Take ``ll_steps`` ll optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
 
         Returns
         -------
@@ -105,11 +119,25 @@ class BilevelTrainer:
             If the hypergradient's solve failed and ``on_failure`` is ``"raise"``, or ``"stop"`` and it was one of too
             many in a row.
         """
-        warmup = self.settings.warmup_ll_steps if self.ul_step == 0 else 0
-        train_loss = self.train_ll(warmup + self.settings.ll_steps)
-        hypergradient = self._step_ul() if self.settings.ul_learning_rate > 0 else None
+        settings = self.settings
+        warmup = settings.warmup_ll_steps if self.ul_step == 0 else 0
+        if settings.ll_steps == "auto":
+            train_loss = self._train_ll_until_settled(warmup)
+        else:
+            train_loss = self.train_ll(warmup + int(settings.ll_steps))
+        hypergradient = self._step_ul() if settings.ul_learning_rate > 0 else None
         self.ul_step += 1
         return Step(train_loss, hypergradient)
+
+    def _train_ll_until_settled(self, warmup: int) -> float:
+        """Take ll steps until what the last ul step has disturbed has settled; return their mean loss."""
+        least, most = self.settings.min_ll_steps, self.settings.max_ll_steps
+        total, taken = self.train_ll(warmup + least) * (warmup + least), least
+        while taken < most and not self._settling.settled:
+            steps = min(WINDOW, most - taken)
+            total += self.train_ll(steps) * steps
+            taken += steps
+        return total / (warmup + taken)
 
     def train_ll(self, steps: int) -> float:
         """Take ``steps`` ll optimizer steps, and no ul step; return their mean loss, NaN where there are none.
@@ -122,8 +150,9 @@ class BilevelTrainer:
         if steps == 0:
             return math.nan
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for _ in range(steps):
+        for left in reversed(range(steps)):
             batch = self._next(self._train)
+            self._looks = left < 2 * WINDOW
             total += self._ll_optimizer.step(partial(self._ll_backward, batch))  # type: ignore[arg-type]
             self.ll_step += 1
         mean = total.item() / steps
@@ -140,29 +169,61 @@ class BilevelTrainer:
             self._ll_optimizer.zero_grad()
             loss = scalar_loss("ll_objective", self.problem.ll_objective(self._state(batch)))
             loss.backward(inputs=self._ll_params)
+        if self._looks:
+            self._settling.see()
+            self._looks = False  # an optimizer that evaluates again has moved
         self.gradient_evaluations += 1
         return loss.detach()
 
     def _step_ul(self) -> Hypergradient:
-        train_data, train_target = self._next(self._train)
-        validate_data, validate_target = self._next(self._validate)
+        self.ll_lag = self._settling.lag
+        self.lagging_ul_steps += self.ll_lag > 1
+        batches = range(self.settings.ul_batches)
+        train, validate = ([self._next(stream) for _ in batches] for stream in (self._train, self._validate))
         self._ul_optimizer.zero_grad()
-        hypergradient = self._implicit.compute_gradients(
-            validate_data, validate_target, train_data=train_data, train_target=train_target
-        )
-        self.hvps += hypergradient.hvps
-        # Both halves of the batch cost one gradient more.
-        self.gradient_evaluations += 4 + 2 * hypergradient.hvps + (self.settings.stop == "noise")
-        if hypergradient.status.failed:
-            self._failed(hypergradient)
-        else:
+        hypergradient = self._implicit.compute_mean_gradients(validate, train)
+        self._count(hypergradient.hvps)
+        if hypergradient.answers:
             self._failures_in_a_row = 0
             self.fallback_ul_steps += len(hypergradient.attempts) > 1
-            self._ul_optimizer.step()
-            if self.problem.project is not None:
-                with torch.no_grad():
-                    self.problem.project(self.problem.ul_model)
+            project = None if self.problem.project is None else partial(self.problem.project, self.problem.ul_model)
+            moved = self._rate.step(hypergradient.ul_loss, project)
+            self._settling.begin(hypergradient.v, self._promised(hypergradient, moved))
+        else:
+            self._settling.begin(None, 0.0)
+            self._failed(hypergradient)
         return hypergradient
+
+    def _promised(self, hypergradient: Hypergradient, moved: list[Tensor]) -> float:
+        """Return the decrease of the ul loss by way of the ll weights that a ul step promises."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for name, by in zip(named_trainable(self.problem.ul_model), moved, strict=True):
+            implicit = hypergradient.gradients[name]
+            if name in hypergradient.direct:
+                implicit = implicit - hypergradient.direct[name]
+            total -= (implicit * by).sum(dtype=torch.float64)
+        return total.item()
+
+    def _count(self, hvps: int) -> None:
+        """Take in what a hypergradient has cost."""
+        batches = self.settings.ul_batches
+        self.hvps += hvps
+        self.gradient_evaluations += 4 * batches + 2 * hvps
+        if batches > 1 and not self.settings.retain_graphs:
+            self.gradient_evaluations += hvps + batches
+        # Both halves of one batch cost one gradient more.
+        self.gradient_evaluations += batches == 1 and self.settings.stop == "noise"
+
+    @property
+    def ul_rate(self) -> float:
+        """The learning rate of the ul optimizer, that of its first parameter group, as it is now."""
+        return self._rate.value
+
+    @property
+    def ul_moved(self) -> float:
+        """How far the ul values are from where they started, as the root of their mean square."""
+        moved = [param.detach() - start for param, start in zip(self._ul_params, self._ul_start, strict=True)]
+        return norm_of(moved).item() / math.sqrt(sum(param.numel() for param in self._ul_params))
 
     def _failed(self, hypergradient: Hypergradient) -> None:
         self.skipped_ul_steps += 1
@@ -196,12 +257,15 @@ class BilevelTrainer:
         Returns
         -------
         dict
-            Both models, both optimizers and their options as constructed, what the next solve starts from, the position
-            in the data, the random state of Python, NumPy and torch, the counters, and the version of this format.
-            Tensors are the live ones.
+            Both models, both optimizers and their options as constructed, the ul rate, what the next solve and the next
+            ll steps start from, the position in the data, the random state of Python, NumPy and torch, the counters,
+            and the version of this format. Tensors are the live ones.
         """
         return {
             "format_version": FORMAT_VERSION,
+            "ul_start": self._ul_start,
+            "rate": self._rate.state_dict(),
+            "settling": self._settling.state_dict(),
             "ul_model": self.problem.ul_model.state_dict(),
             "ll_model": self.problem.ll_model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
@@ -218,7 +282,8 @@ class BilevelTrainer:
 
         Loaded by the trainer it came from, it continues bit for bit. Loaded by one with other settings, as
         population-based training does, the optimizers keep their memory of past gradients, while their learning rates
-        and other options are those of this trainer wherever the two were constructed differently.
+        and other options are those of this trainer wherever the two were constructed differently; the ul rate keeps
+        what it has found as a factor of its own start.
 
         Parameters
         ----------
@@ -247,6 +312,10 @@ class BilevelTrainer:
                 f"The state does not fit this problem: {error} A setting that changes a model's shape, such as its "
                 "width, cannot be changed between saving and loading."
             ) from error
+        self._ul_start = [start.to(self._device) for start in state["ul_start"]]
+        self._rate.load_state_dict(state["rate"])
+        if self.settings.ul_learning_rate > 0:  # or there is no ul step to disturb the ll model
+            self._settling.load_state_dict(state["settling"], self._device)
         self._implicit.load_state_dict(state["implicit"])
         self._failures_in_a_row = state["failures_in_a_row"]
         for name in COUNTERS:

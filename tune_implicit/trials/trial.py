@@ -1,7 +1,9 @@
 """One trial from start to end: config -> problem -> trainer -> records."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +15,11 @@ from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
 from tune_implicit.trials.evaluation import evaluate
-from tune_implicit.trials.problem import BilevelProblem
-from tune_implicit.trials.record import COUNTERS, LOSSES, Record, certificate
+from tune_implicit.trials.problem import BilevelProblem, Metric
+from tune_implicit.trials.record import COUNTERS, LEARNING, LOSSES, Record, certificate, check_metric, finite
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer, Step
+from tune_implicit.trials.troubles import troubles_of
 
 __all__ = [
     "TRIAL_FAILURES",
@@ -55,21 +58,37 @@ class Trial:
         Reserved settings (the fields of :class:`ImplicitSettings`) and the user's own keys.
     data : object, optional
         The second argument of ``problem``, where there is one.
+    metric, mode : str, default "select_loss" and "min"
+        By which entry of its records its best report is found, and whether ``"min"`` or ``"max"`` of it is best.
 
     Attributes
     ----------
     history : list of dict
-        The records so far, each with ``"ul_quantiles"``: by parameter name, the quantiles of its ul values.
+        The records so far as they were measured, each with ``"ul_quantiles"``: by parameter name, the quantiles of its
+        ul values.
 
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        If the config holds a setting out of range, or the problem is not one.
+        If the config holds a setting out of range, the problem is not one, or ``mode`` would take the largest loss.
     """
 
-    def __init__(self, problem: ProblemFactory, config: Mapping[str, Any], data: Any = None) -> None:
+    def __init__(
+        self,
+        problem: ProblemFactory,
+        config: Mapping[str, Any],
+        data: Any = None,
+        metric: str = "select_loss",
+        mode: str = "min",
+    ) -> None:
+        check_metric(metric, mode)
         self.settings = ImplicitSettings.from_config(config)
         self.history: list[Record] = []
+        self._metric, self._sign = metric, 1 if mode == "min" else -1
+        self._start_loss: float | None = None
+        self._diverged = False
+        # The best report: after how many it came, its record, and copies of both models if it is the one to keep.
+        self._best: dict[str, Any] | None = None
         self._config = TrackedConfig(config)
         seed_everything(self.settings.seed)
         made = problem(self._config) if data is None else problem(self._config, data)
@@ -79,14 +98,26 @@ class Trial:
         self.trainer = BilevelTrainer(made, self.settings)
 
     @property
+    def ended_by(self) -> str:
+        """What completed the trial: its ``"steps"``, its ``"patience"``, ``"divergence"``; empty while it goes on."""
+        if self._diverged:
+            return "divergence"
+        if self.history and self.history[-1]["ul_step"] >= self.settings.ul_steps:
+            return "steps"
+        reports, patience = len(self.history), self.settings.patience
+        waited = reports - self._best["report"] if self._best is not None else 0
+        return "patience" if 0 < patience <= waited else ""
+
+    @property
     def completed(self) -> bool:
-        """Whether all ul steps are taken."""
-        return self.trainer.ul_step >= self.settings.ul_steps
+        """Whether the trial has come to its own end."""
+        return bool(self.ended_by)
 
     @property
     def record(self) -> Record:
-        """The last record."""
-        return {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
+        """The last record; of a completed trial, the losses and metrics are those of the report that is kept."""
+        last = {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
+        return last | (self._kept_losses() if self.completed else {})
 
     def advance(self) -> Record:
         """Take the ul steps up to the next report, and return its record of flat scalars.
@@ -95,27 +126,86 @@ class Trial:
         -------
         dict
             ``train_loss`` and ``validate_loss``, means over the steps taken; ``select_loss`` and the user's metrics,
-            over the split that trials are compared on; the last hypergradient's certificate; counters and costs.
+            over the split that trials are compared on; the last hypergradient's certificate; counters and costs; how it
+            learns. Where the trial diverges after a report, and the best one is kept, that is the record of a completed
+            trial.
 
         Raises
         ------
         DivergedError
-            If a loss or a metric is not finite.
+            If a loss or a metric is not finite, and there is no report to keep.
         SolveError
             If a solve failed and ``on_failure`` is ``"raise"``.
         InvalidValueError
             On the first call, if the config has a key that no one reads.
         """
+        if self._start_loss is None:
+            self._start_loss = self._selected({"ul_objective": self.problem.ul_objective})["ul_objective"]
+        try:
+            record = self._measured()
+        except DivergedError:
+            if self._best is None or self.settings.keep != "best":
+                raise
+            self._diverged = True
+            self.history[-1] |= self._ending()
+            return self.record
+        self.check_config()
+        self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
+        self._keep(record)
+        self.history[-1] |= self._ending()
+        return record | self._ending()
+
+    def _measured(self) -> Record:
+        """Return the record of the ul steps up to the next report.
+
+        Raises
+        ------
+        DivergedError
+            If a loss or a metric is not finite.
+        """
         count = min(self.settings.ul_steps_per_report, self.settings.ul_steps - self.trainer.ul_step)
+        if count < 1:
+            raise DivergedError(f"The trial diverged at ul step {self.trainer.ul_step}, and has none left to take.")
         steps = [self.trainer.step() for _ in range(count)]
         record = self._losses(steps)
         for name, value in record.items():
             if not math.isfinite(value):
                 raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
-        record |= certificate(steps[-1].hypergradient) | self._counters()
-        self.check_config()
-        self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
-        return record
+        return record | certificate(steps[-1].hypergradient) | self._learning() | self._counters()
+
+    def _keep(self, record: Record) -> None:
+        """Take in a report that is the best one so far."""
+        value = record.get(self._metric)
+        if not isinstance(value, Real):
+            return  # the search says that there is no such metric
+        if self._best is None or self._sign * value < self._sign * self._best["record"][self._metric]:
+            models = copy.deepcopy(self._models()) if self.settings.keep == "best" else None
+            self._best = {"report": len(self.history), "record": record, "models": models}
+
+    def _models(self) -> dict[str, Any]:
+        return {name: getattr(self.problem, name).state_dict() for name in ("ul_model", "ll_model")}
+
+    def _kept_losses(self) -> Record:
+        """Return the losses and metrics of the report that is kept, where that is not the last."""
+        if self._best is None or self.settings.keep == "last":
+            return {}
+        return {name: self._best["record"][name] for name in (*LOSSES, *self.problem.metrics)}
+
+    def _ending(self) -> Record:
+        """Return what the last record says of the trial as a whole."""
+        last, kept = self.history[-1], self.history[-1]
+        if self._best is not None and self.settings.keep == "best":
+            kept = self._best["record"]
+        ending = {
+            "start_loss": self._start_loss,
+            "last_value": last.get(self._metric),
+            "kept_value": kept.get(self._metric),
+            "kept_ul_step": kept["ul_step"],
+            "completed": self.completed,
+            "ended_by": self.ended_by,
+        }
+        ending = finite({name: value for name, value in ending.items() if value is not None})
+        return ending | {"troubles": " ".join(troubles_of(last | self._kept_losses() | ending))}
 
     def check_config(self) -> None:
         """Check that every key of the config is a setting, or has been read by now.
@@ -133,18 +223,16 @@ class Trial:
         Infinity stands where engines insist on a number; none of the adapters passes it on as a value.
         """
         unknown = dict.fromkeys((*LOSSES, *self.problem.metrics), math.inf)
-        return unknown | self._counters() | {"failure": reason}
+        return unknown | self._learning() | self._counters() | {"failure": reason, "troubles": "failed"}
 
     def _losses(self, steps: list[Step]) -> Record:
-        problem, name = self.problem, self.problem.selected_on
-        selected = evaluate(
-            problem, name, getattr(problem, name), {"select_loss": problem.ul_objective, **problem.metrics}
-        )
+        problem = self.problem
+        selected = self._selected({"select_loss": problem.ul_objective, **problem.metrics})
         validate = [step.hypergradient.ul_loss for step in steps if step.hypergradient is not None]
         if not validate:
             whole = evaluate(problem, "validate_data", problem.validate_data, {"loss": problem.ul_objective})
             validate = [whole["loss"]]
-        train = [step.train_loss for step in steps if self.settings.ll_steps] or [
+        train = [step.train_loss for step in steps if not math.isnan(step.train_loss)] or [
             evaluate(problem, "train_data", problem.train_data, {"loss": problem.ll_objective})["loss"]
         ]
         return {
@@ -154,12 +242,19 @@ class Trial:
             **{metric: selected[metric] for metric in problem.metrics},
         }
 
+    def _selected(self, functions: Mapping[str, Metric]) -> dict[str, float]:
+        """Return what ``functions`` are on the split that trials are compared on."""
+        name = self.problem.selected_on
+        return evaluate(self.problem, name, getattr(self.problem, name), functions)
+
+    def _learning(self) -> Record:
+        if self.settings.ul_learning_rate == 0:
+            return {}
+        return finite({name: getattr(self.trainer, name) for name in LEARNING})
+
     def _counters(self) -> Record:
-        trainer = self.trainer
-        return {name: getattr(trainer, name) for name in COUNTERS} | {
-            "completed": self.completed,
-            "selected_on": self.problem.selected_on,
-        }
+        counted = {name: getattr(self.trainer, name) for name in COUNTERS}
+        return counted | {"completed": False, "selected_on": self.problem.selected_on}
 
     def _ul_quantiles(self) -> dict[str, list[float]]:
         quantiles = {}
@@ -173,7 +268,16 @@ class Trial:
 
     def save(self, path: Path) -> None:
         """Write the trial to the file ``path``, which holds either the whole trial or what it held before."""
-        write_checkpoint(path, {"trainer": self.trainer.state_dict(), "history": self.history})
+        kept = self._best["models"] if self._best is not None and self.settings.keep == "best" else self._models()
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "history": self.history,
+            "kept": kept,
+            "best": self._best,
+            "start_loss": self._start_loss,
+            "diverged": self._diverged,
+        }
+        write_checkpoint(path, state)
 
     def load(self, path: Path) -> None:
         """Go on from the file ``path``, with this trial's own settings.
@@ -186,6 +290,9 @@ class Trial:
         state = read_checkpoint(path)
         self.trainer.load_state_dict(state["trainer"])
         self.history = state["history"]
+        self._start_loss, self._diverged, self._best = (state[name] for name in ("start_loss", "diverged", "best"))
+        if self.settings.keep == "best" and self._best is not None and self._best["models"] is None:
+            self._best = None  # its trial kept the last report
 
 
 # What ends a trial as failed, while the search goes on. Anything else that a trial raises is a mistake to be mended.

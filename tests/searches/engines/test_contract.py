@@ -23,6 +23,7 @@ from tune_implicit import (
     ImplicitObjective,
     ImplicitOptunaSearch,
     InvalidTypeError,
+    LearningWarning,
     Progress,
     SearchResult,
     load_search,
@@ -62,13 +63,6 @@ class Searched(NamedTuple):
         return study_in(self.result.output).trials
 
 
-@pytest.fixture(scope="module", params=["optuna", "ray"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "ray":
-        request.getfixturevalue("ray_session")
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Searched]:
     """Search on a backend, once."""
@@ -78,7 +72,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Search
         told: list[Progress] = []
         stop = {"pruner": StopOnOptuna()} if backend == "optuna" else {"scheduler": StopOnRay()}
         arguments = in_turn(fault=FAULTS, ll_learning_rate=RATES) | stop | {"on_progress": told.append}
-        return Searched(run(tmp_path_factory.mktemp(backend) / "found", 4, backend=backend, **arguments), told)
+        with pytest.warns(LearningWarning):
+            return Searched(run(tmp_path_factory.mktemp(backend) / "found", 4, backend=backend, **arguments), told)
 
     return search_on
 
@@ -151,8 +146,8 @@ class TestEngine:
 
     def test_every_record_is_reported_at_its_ul_step(self, found: Searched) -> None:
         trial = found.trials[NONE]
-        assert list(trial.intermediate_values) == [2, 4, 6]
-        assert trial.intermediate_values[6] == trial.value
+        assert list(trial.intermediate_values) == [2, 4, 5]
+        assert trial.intermediate_values[5] == trial.value
 
     def test_a_trial_that_diverges_keeps_its_reason_and_the_search_goes_on(self, found: Searched) -> None:
         trial, told = found.trials[NAN], found.result.trials[NAN]
@@ -191,7 +186,7 @@ class TestEngine:
         problem.ul_model.load_state_dict(best.ul_state)
         problem.ll_model.load_state_dict(best.ll_state)
         assert best.history[-1]["select_loss"] == best.value
-        assert best.history[-1]["ul_quantiles"]["log_l2"][0] == problem.ul_model.log_l2.item() != -3.0
+        assert best.history[-1]["ul_quantiles"]["log_l2"][0] == problem.ul_model.log_l2.min().item() != -3.0
 
     # ---- its end
 
@@ -207,7 +202,8 @@ class TestEngine:
     @pytest.mark.usefixtures("ray_session", "silence", "ctrl_c")
     def test_a_search_that_ctrl_c_ended_goes_on_upon_the_other_engine(self, backend: str, output: Path) -> None:
         # Many reports, so that the pressed trial does not end before its search does.
-        arguments = in_turn(fault=("none", "pressed")) | {"settings": toy.SETTINGS | {"ul_steps": 40}}
+        longer = {"ul_steps": 40, "ll_steps": 20, "ll_learning_rate": 0.1, "patience": 0}
+        arguments = in_turn(fault=("none", "pressed")) | {"settings": toy.SETTINGS | longer}
         first = run(output, 3, backend=backend, problem=Pressing(), **arguments)
         assert [trial.number for trial in first.trials] == [0]
         assert first.interrupted
@@ -231,7 +227,7 @@ class TestEngine:
     def test_a_missing_select_data_is_told_once(self, backend: str, output: Path) -> None:
         # Ray's workers say it too, but a search keeps their output off the terminal.
         with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split") as told:
-            run(output, 2, backend=backend, problem=toy.two_splits, **in_turn(fault=("none", "nan")))
+            run(output, 2, backend=backend, problem=toy.two_splits, **in_turn(k=(1, 3)))
         assert len(told) == 1
 
     # ---- define-by-run spaces

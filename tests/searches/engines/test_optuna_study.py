@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tests.support import toy
 from tests.support.toy import PruneAt
-from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError
+from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError, LearningWarning
 from tune_implicit.searches.engines.optuna_study import saved_at
 from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
 
@@ -37,13 +37,25 @@ def run_one(objective: ImplicitObjective, study: optuna.Study | None = None, **p
     return study.trials[-1]
 
 
+def test_a_trial_without_a_study_runs_as_well() -> None:
+    fixed = optuna.trial.FixedTrial(toy.PARAMS)
+    assert objective()(fixed) == run_one(objective()).value
+    assert fixed.user_attrs["metrics"]["completed"]
+
+
+def test_a_study_of_several_objectives_is_refused() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    with pytest.raises(InvalidValueError, match=r"must have one direction, got 2: .* `metrics` of the BilevelProblem"):
+        study.optimize(objective(), n_trials=1)
+
+
 def test_any_metric_of_the_record_is_the_value() -> None:
     trial = run_one(objective(metric="error"), new_study(direction="maximize"))
     assert trial.value == trial.user_attrs["metrics"]["error"]
 
 
 def test_a_pruner_has_no_say_at_the_last_step() -> None:
-    assert run_one(objective(), new_study(pruner=PruneAt(6))).state is TrialState.COMPLETE
+    assert run_one(objective(), new_study(pruner=PruneAt(5))).state is TrialState.COMPLETE
 
 
 def test_optunas_own_pruners_prune() -> None:
@@ -53,15 +65,20 @@ def test_optunas_own_pruners_prune() -> None:
 
 def test_a_failed_solve_fails_the_trial_if_asked_to() -> None:
     settings = {**toy.SETTINGS, "on_failure": "raise"}
-    trial = run_one(objective(toy.faulty("indefinite"), settings=settings), fault="indefinite")
+    with pytest.warns(
+        LearningWarning, match=r"Trial 0 .* \(failed\)\. The trial failed: The solve at ul step 1 ended as"
+    ):
+        trial = run_one(objective(toy.faulty("indefinite"), settings=settings), fault="indefinite")
     assert trial.state is TrialState.FAIL
     assert "negative_curvature" in trial.user_attrs["failure"]
 
 
 def test_a_skipped_solve_is_counted() -> None:
-    trial = run_one(objective(toy.faulty("indefinite")), fault="indefinite")
+    settings = {**toy.SETTINGS, "on_failure": "skip"}
+    with pytest.warns(LearningWarning, match=r"\((skipped|unmoved|worse)\)"):
+        trial = run_one(objective(toy.faulty("indefinite"), settings=settings), fault="indefinite")
     assert trial.state is TrialState.COMPLETE
-    assert trial.user_attrs["metrics"]["skipped_ul_steps"] == 6
+    assert trial.user_attrs["metrics"]["skipped_ul_steps"] == 5
 
 
 @pytest.mark.parametrize("fault", ["mistake", "mistake at once"])
@@ -157,6 +174,7 @@ def test_equal_params_give_equal_bits() -> None:
     assert one.value != run_one(objective(settings={**toy.SETTINGS, "seed": 1})).value
 
 
+@pytest.mark.filterwarnings(r"ignore:Trial 0 did not learn as it should \(failed:tune_implicit.LearningWarning")
 @pytest.mark.parametrize("fault", ["none", "nan", "mistake"])
 def test_the_global_random_state_is_left_as_it_was(fault: str) -> None:
     def draws() -> tuple[float, float, float]:
@@ -182,13 +200,24 @@ def test_a_trial_is_saved_with_its_ul_values(tmp_path: Path) -> None:
     # Each save takes the place of the one before.
     assert [path.name for path in tmp_path.iterdir()] == [trial.user_attrs["checkpoint"]]
     saved = torch.load(tmp_path / trial.user_attrs["checkpoint"], weights_only=True)
-    assert saved["trainer"]["ul_model"]["log_l2"] != -3.0
+    assert (saved["trainer"]["ul_model"]["log_l2"] != -3.0).all()
     assert saved["history"][-1]["select_loss"] == trial.value
 
 
-@pytest.mark.parametrize("reports", [1, 2])
-def test_a_killed_trial_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path, reports: int) -> None:
-    expected = run_one(objective())
+# A trial that takes all its steps, and one that its patience ends two reports after the second, its best.
+LEARNING = (toy.SETTINGS, 3)
+PATIENT = (toy.SETTINGS | {"fault": "past", "patience": 2, "ul_steps": 40, "ll_steps": 10}, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Trial . did not learn as it should:tune_implicit.LearningWarning")
+@pytest.mark.parametrize(
+    ("settings", "of", "reports"),
+    [(*LEARNING, 1), (*LEARNING, 2), (*PATIENT, 1), (*PATIENT, 2), (*PATIENT, 3)],
+)
+def test_a_killed_trial_goes_on_from_its_checkpoint_to_the_same_bits(
+    tmp_path: Path, settings: dict[str, Any], of: int, reports: int
+) -> None:
+    expected = run_one(objective(settings=settings))
     measured = 0
 
     def killed(config: Any) -> Any:
@@ -205,31 +234,37 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: P
 
     store, study = FileSystemArtifactStore(tmp_path), new_study()
     with pytest.raises(toy.MistakeError):
-        run_one(objective(problem=killed, artifact_store=store, checkpoint_frequency=1), study)
+        run_one(objective(problem=killed, settings=settings, artifact_store=store, checkpoint_frequency=1), study)
     checkpoint = study.trials[0].user_attrs["checkpoint"]
     study.enqueue_trial(study.trials[0].params, user_attrs={"checkpoint": checkpoint})
-    study.optimize(objective(problem=killed, artifact_store=store, checkpoint_frequency=1), n_trials=1)
+    again = objective(problem=killed, settings=settings, artifact_store=store, checkpoint_frequency=1)
+    study.optimize(again, n_trials=1)
     trial = study.trials[1]
     assert trial.value == expected.value
     assert trial.user_attrs["metrics"] == expected.user_attrs["metrics"]
-    assert measured == 4  # what was done is not done again
+    assert measured == of + 1  # what was done is not done again
+    saved = torch.load(tmp_path / trial.user_attrs["checkpoint"], weights_only=True)
+    assert saved["best"]["record"]["select_loss"] == trial.value
+    assert len(saved["history"]) == of
 
 
 def test_a_trial_that_begins_from_anothers_checkpoint_leaves_it_alone(tmp_path: Path) -> None:
     store, study = FileSystemArtifactStore(tmp_path), new_study()
-    donor = run_one(objective(artifact_store=store), study)
+    followed = {**toy.SETTINGS, "ll_steps": 40}
+    donor = run_one(objective(settings=followed, artifact_store=store), study, ll_learning_rate=0.1)
     checkpoint = donor.user_attrs["checkpoint"]
     study.enqueue_trial(donor.params, user_attrs={"checkpoint": checkpoint})
-    longer = {**toy.SETTINGS, "ul_steps": 12}
+    longer = {**followed, "ul_steps": 12}
     study.optimize(objective(settings=longer, artifact_store=store, checkpoint_frequency=1), n_trials=1)
     assert study.trials[1].user_attrs["metrics"]["ul_step"] == 12
-    assert study.trials[1].value == run_one(objective(settings=longer)).value
+    assert study.trials[1].value == run_one(objective(settings=longer), ll_learning_rate=0.1).value
     assert {path.name for path in tmp_path.iterdir()} == {checkpoint, study.trials[1].user_attrs["checkpoint"]}
 
 
 def test_a_failed_trial_is_saved_as_well(tmp_path: Path) -> None:
     store = FileSystemArtifactStore(tmp_path)
-    trial = run_one(objective(toy.faulty("nan"), artifact_store=store), fault="nan")
+    with pytest.warns(LearningWarning, match="The ll loss became nan"):
+        trial = run_one(objective(toy.faulty("nan"), artifact_store=store), fault="nan")
     assert (tmp_path / trial.user_attrs["checkpoint"]).exists()
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta, upload_artifact
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.rng import preserved_rng
 from tune_implicit.searches.engines.base import Work
 from tune_implicit.searches.outcome import (
@@ -32,6 +34,7 @@ from tune_implicit.trials.config import merged
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
 from tune_implicit.trials.trial import TRIAL_FAILURES, ProblemFactory, Trial, run_trial
+from tune_implicit.trials.troubles import TroubleTeller
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -53,8 +56,12 @@ class ImplicitObjective:
 
     Records are reported to the study at their ``ul_step``, so that its pruner decides. A trial that diverges ends as
     FAIL, with its reason in the user attribute ``"failure"``, and the study goes on; a mistake in the space or the
-    problem raises and ends ``optimize``. The last record is the user attribute ``"metrics"``. The global random state
-    is left as it was. Threads share that state: run several workers as processes on one storage, not with ``n_jobs``.
+    problem raises and ends ``optimize``. The last record is the user attribute ``"metrics"``; of a completed trial, its
+    losses and metrics are those of the report that is kept. What it says of a trial that did not learn is the user
+    attribute ``"troubles"``, and a :class:`LearningWarning`, once of each kind.
+
+    The global random state is left as it was. Threads share that state: run several workers as processes on one
+    storage, not with ``n_jobs``.
 
     Parameters
     ----------
@@ -101,6 +108,7 @@ class ImplicitObjective:
         self.artifact_store = artifact_store
         self.checkpoint_frequency = checkpoint_frequency
         self._warned = False
+        self._troubles = TroubleTeller()
 
     def __call__(self, optuna_trial: optuna.Trial) -> float:
         """Run one trial and return its value, NaN where it failed, which Optuna records as FAIL.
@@ -118,6 +126,8 @@ class ImplicitObjective:
         ------
         optuna.TrialPruned
             If the study's pruner stops the trial.
+        InvalidValueError
+            If the study looks for the largest loss, or has several objectives.
         """
         try:
             config = suggest(optuna_trial, self.space)
@@ -138,7 +148,7 @@ class ImplicitObjective:
 
     def _run(self, config: dict[str, Any], optuna_trial: optuna.Trial) -> tuple[Record, Outcome]:
         """Run and save the trial of ``config``, and return its last record and how it ended."""
-        trial = Trial(self.problem, config, self.data)
+        trial = Trial(self.problem, config, self.data, self.metric, _mode_of(optuna_trial))
         if trial.problem.selected_on != "select_data" and not self._warned:
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
             self._warned = True
@@ -148,6 +158,7 @@ class ImplicitObjective:
         except TRIAL_FAILURES as error:
             record = trial.failure_record(str(error))
         outcome = outcome_of(record, self.metric)
+        self._troubles.tell(record, f"Trial {optuna_trial.number}")
         self.save(trial, optuna_trial)
         return record, outcome
 
@@ -178,6 +189,24 @@ class ImplicitObjective:
             trial.load(path)
 
 
+def _mode_of(optuna_trial: optuna.Trial) -> str:
+    """Return Ray's ``mode`` for the study of a trial; a FixedTrial has none, and is taken to minimise.
+
+    Raises
+    ------
+    InvalidValueError
+        If the study has several objectives.
+    """
+    study = getattr(optuna_trial, "study", None)
+    directions = [StudyDirection.MINIMIZE] if study is None else study.directions
+    if len(directions) != 1:
+        raise InvalidValueError(
+            f"The study must have one direction, got {len(directions)}: a trial has one value. Create it with "
+            "`direction`, and put other numbers into `metrics` of the BilevelProblem."
+        )
+    return "max" if directions[0] is StudyDirection.MAXIMIZE else "min"
+
+
 class _StudyReporter:
     """Tell a study of a trial's records, and save the trial as often as the objective wants."""
 
@@ -188,7 +217,9 @@ class _StudyReporter:
 
     def report(self, record: Record) -> None:
         """Report the objective's metric at the record's ul step."""
-        if failure_of(record, self._objective.metric) is None:
+        failed = failure_of(record, self._objective.metric) is not None
+        # A trial that diverged has measured nothing since its last report.
+        if not failed and record["ended_by"] != "divergence":
             self._optuna_trial.report(record[self._objective.metric], record["ul_step"])
         frequency = self._objective.checkpoint_frequency
         if frequency and len(self._trial.history) % frequency == 0 and not self._trial.completed:

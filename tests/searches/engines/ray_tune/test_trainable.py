@@ -1,17 +1,24 @@
 """ImplicitTrainable: by itself, and in an ordinary Tuner."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
+from torch import Tensor
 
 from tests.support import toy
+from tests.support.noisy import assert_same_bits
 from tests.support.toy import on_optuna
-from tune_implicit import ImplicitTrainable
+from tests.support.working import finish
+from tune_implicit import BilevelProblem, ImplicitTrainable, InvalidValueError, LearningWarning, State
+from tune_implicit.trials.checkpoint import CHECKPOINT_FILE, read_checkpoint
+from tune_implicit.trials.trial import Trial
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
@@ -27,8 +34,10 @@ def trainable() -> Iterator[Make]:
     """Make a trainable of a config, and of what `setup` may have besides."""
     made = []
 
-    def make(problem: Any = toy.problem, mode: str = "min", **config: Any) -> ImplicitTrainable:
-        passed = tune.with_parameters(ImplicitTrainable, problem=problem, mode=mode)
+    def make(
+        problem: Any = toy.problem, metric: str = "select_loss", mode: str = "min", **config: Any
+    ) -> ImplicitTrainable:
+        passed = tune.with_parameters(ImplicitTrainable, problem=problem, metric=metric, mode=mode)
         made.append(passed(config=toy.SETTINGS | toy.PARAMS | config))
         return made[-1]
 
@@ -54,6 +63,37 @@ def test_a_checkpoint_restores_exactly(trainable: Make, tmp_path: Path) -> None:
     assert [one.train()["select_loss"] for _ in range(2)] == [other.train()["select_loss"] for _ in range(2)]
 
 
+@pytest.mark.filterwarnings("ignore:A trial did not learn as it should:tune_implicit.LearningWarning")
+@pytest.mark.parametrize("reports", [1, 2, 3, 4])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_trial_that_is_restored_keeps_what_it_would_have_kept(
+    trainable: Make, tmp_path: Path, keep: str, reports: int
+) -> None:
+    # Its second report is its best; two later its patience ends.
+    config = {"fault": "past", "patience": 2, "ul_steps": 40, "ll_steps": 10, "keep": keep}
+    one, records = trainable(**config), []
+    while not (records and records[-1]["done"]):
+        records.append(one.train())
+        if len(records) == reports:
+            one.save(str(tmp_path / "half"))
+    losses = [record["select_loss"] for record in one._trial.history]
+    assert (len(records), losses.index(min(losses))) == (4, 1)
+    assert records[-1]["select_loss"] == (min(losses) if keep == "best" else losses[-1])
+    one.save(str(tmp_path / "one"))
+
+    other = trainable(**config)
+    other.restore(str(tmp_path / "half"))
+    assert other._trial.completed is (reports == 4)
+    more = [other.train() for _ in range(4 - reports)]
+    told = ("select_loss", "error", "ul_step", "completed", "ended_by", "kept_value", "last_value", "troubles", "done")
+    assert [[record[name] for name in told] for record in more] == [
+        [record[name] for name in told] for record in records[reports:]
+    ]
+    other.save(str(tmp_path / "other"))
+    saved = (read_checkpoint(tmp_path / name / CHECKPOINT_FILE)["kept"] for name in ("one", "other"))
+    assert_same_bits(*saved)
+
+
 def test_a_reused_worker_begins_a_fresh_trial(trainable: Make) -> None:
     one = trainable()
     one.train()
@@ -69,6 +109,8 @@ def test_a_trial_that_loads_a_donors_checkpoint_keeps_its_own_settings(
     donor = trainable(tolerance=1e-3)
     donor.train()
     donor.save(str(tmp_path))
+    factor = donor._trial.trainer.ul_rate / 0.01
+    assert factor > 1
     own = {"k": 7, "ll_learning_rate": 0.05, "ul_learning_rate": 0.5, "tolerance": 1e-6}
     heir = donor if reused else trainable(**own)
     if reused:
@@ -77,8 +119,9 @@ def test_a_trial_that_loads_a_donors_checkpoint_keeps_its_own_settings(
     trainer = heir._trial.trainer
     assert (trainer.ul_step, len(heir._trial.history)) == (2, 1)
     assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05
-    assert trainer._ul_optimizer.param_groups[0]["lr"] == 0.5
-    solver = trainer._implicit._inverse_hvp._settings.make_solver(0.05)
+    # It starts from its own rate, times what the donor's has been adapted by.
+    assert trainer._ul_optimizer.param_groups[0]["lr"] == trainer.ul_rate == pytest.approx(0.5 * factor, rel=1e-12)
+    solver = trainer._implicit._inverse_hvp._settings.make_solver(0.05).solvers["cg"]
     assert (solver.k, solver.tolerance) == (7, 1e-6)
     heir.train()
     assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05
@@ -87,17 +130,50 @@ def test_a_trial_that_loads_a_donors_checkpoint_keeps_its_own_settings(
 @pytest.mark.parametrize(("mode", "worst"), [("min", math.inf), ("max", -math.inf)])
 def test_a_failed_trial_is_the_worst_by_its_mode(trainable: Make, mode: str, worst: float) -> None:
     # A scheduler that saw +inf as the best accuracy would stop every other trial.
-    record = trainable(mode=mode, fault="nan").train()
+    with pytest.warns(LearningWarning, match="The ll loss became nan"):
+        record = trainable(metric="error", mode=mode, fault="nan").train()
     assert record["done"]
     assert "became nan" in record["failure"]
     assert record["select_loss"] == record["error"] == worst
 
 
 def test_a_solve_that_failed_ends_the_trial_and_raises_nothing(trainable: Make) -> None:
-    record = trainable(fault="indefinite", on_failure="raise").train()
+    with pytest.warns(LearningWarning, match="The solve at ul step 1 ended as negative_curvature"):
+        record = trainable(fault="indefinite", on_failure="raise").train()
     assert record["done"]
     assert not record["completed"]
     assert "negative_curvature" in record["failure"]
+
+
+@pytest.mark.parametrize("trouble", toy.TROUBLED)
+def test_a_trial_that_did_not_learn_is_told_once_of_all_in_a_worker(trainable: Make, trouble: str) -> None:
+    one = trainable(**toy.TROUBLED[trouble])
+
+    def finish() -> str:
+        while not (record := one.train())["done"]:
+            pass
+        one.reset(toy.SETTINGS | toy.PARAMS | toy.TROUBLED[trouble])
+        return str(record["troubles"])
+
+    with pytest.warns(LearningWarning) as warned:
+        troubles = [finish(), finish()]
+    assert trouble in troubles[0].split()
+    assert troubles[0] == troubles[1]
+    (told,) = (str(warning.message) for warning in warned if f"({trouble})" in str(warning.message))
+    assert told.startswith(f"A trial did not learn as it should ({trouble}). ")
+
+
+@pytest.mark.parametrize("metric", ["select_loss", "validate_loss", "train_loss"])
+def test_a_trainable_for_the_largest_loss_is_an_error(trainable: Make, metric: str) -> None:
+    with pytest.raises(InvalidValueError, match=rf"`metric` '{metric}' is a loss, .* the largest: take mode=\"min\""):
+        trainable(metric=metric, mode="max").train()
+
+
+def test_a_trainable_for_the_largest_of_a_users_metric_keeps_it(trainable: Make) -> None:
+    one = trainable(metric="error", mode="max", patience=2)
+    records = [one.train() for _ in range(3)]  # the error falls from report to report
+    assert records[-1]["error"] == records[0]["error"] > one._trial.history[-1]["error"]
+    assert records[-1]["ended_by"] == "steps"
 
 
 @pytest.mark.parametrize("fault", ["mistake", "mistake at once"])
@@ -123,6 +199,38 @@ def test_tunes_own_search_space_and_variant_generator(tuned: Callable[..., Any])
     assert not results.errors
     assert sorted(result.config["k"] for result in results) == [1, 3]
     assert all(result.metrics["completed"] for result in results)
+
+
+def test_a_trial_whose_worker_died_after_its_best_report_keeps_that(ray_session: None, tmp_path: Path) -> None:
+    config = toy.SETTINGS | toy.PARAMS | {"fault": "past", "patience": 2, "ul_steps": 40, "ll_steps": 10}
+
+    def problem(config: Any) -> BilevelProblem:
+        made, reports = toy.problem(config), iter(range(1, 99))
+
+        def error(state: State) -> Tensor:
+            if next(reports) == 4 and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os._exit(1)
+            return toy.error(state)
+
+        return replace(made, metrics={"error": error})
+
+    (result,) = tune.Tuner(
+        tune.with_parameters(ImplicitTrainable, problem=problem),
+        param_space=config,
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path),
+            name="ray",
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
+        ),
+    ).fit()
+    expected = finish(Trial(toy.problem, config))
+    assert (tmp_path / "died").exists()
+    assert (result.metrics["ended_by"], result.metrics["ul_step"], result.metrics["kept_ul_step"]) == ("patience", 8, 4)
+    assert result.metrics["select_loss"] == expected["kept_value"]
+    assert result.metrics["last_value"] == expected["last_value"]
 
 
 def test_population_based_training_ends_without_errors(tuned: Callable[..., Any]) -> None:

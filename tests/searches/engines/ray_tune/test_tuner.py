@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from tests.support import toy
 from tests.support.toy import InTurn, run, study_in
-from tune_implicit import ImplicitOptunaSearch
+from tune_implicit import ImplicitOptunaSearch, LearningWarning
 from tune_implicit.searches.engines.base import Work
 from tune_implicit.searches.engines.ray_tune import tuner
 from tune_implicit.searches.outcome import is_interrupted
@@ -91,3 +91,6 @@ def test_a_listener_of_this_process_is_not_pickled_with_the_trials() -> None:
         cloudpickle.dumps(lock)
     copy = cloudpickle.loads(cloudpickle.dumps(watcher))
     copy.on_trial_complete(1, [], SimpleNamespace(last_result={"selected_on": "validate_data"}))
+    failed = SimpleNamespace(last_result={"troubles": "failed", "failure": "The ll loss became nan."})
+    with pytest.warns(LearningWarning, match="The ll loss became nan"):
+        copy.on_trial_complete(1, [], failed)

@@ -24,8 +24,8 @@ from tune_implicit.searches.outcome import (
     write_outcome,
 )
 from tune_implicit.searches.space import Space, call_space, check_space
-from tune_implicit.searches.study import direction_of, open_storage
-from tune_implicit.trials.record import Record
+from tune_implicit.searches.study import open_storage
+from tune_implicit.trials.record import Record, check_metric
 
 __all__ = ["ImplicitOptunaSearch"]
 
@@ -60,7 +60,7 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        If the space is not one, or ``mode`` is neither of the two.
+        If the space is not one, ``mode`` is neither of the two, or it is ``"max"`` of a loss.
     StorageError
         If the storage cannot be opened.
     """
@@ -78,7 +78,7 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
         points_to_evaluate: list[dict[str, Any]] | None = None,
     ) -> None:
         check_space(space)
-        direction_of(mode)
+        check_metric(metric, mode)
         self._configs = _DefineByRun(space) if callable(space) else None
         self._last_steps: dict[str, int] = {}
         super().__init__(
@@ -160,7 +160,10 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
         step = int(result.get("ul_step") or result["training_iteration"])
         # A trial that lost its worker takes the steps since its last checkpoint once more.
         if step > self._last_steps.get(trial_id, -1):
-            trials_of(self)[trial_id].report(result[self.metric], step)
+            value: float = result[self.metric]
+            # The last record of a completed trial has the value that is kept, and what was measured last beside it.
+            measured = result.get("last_value", value) if value == result.get("kept_value") else value
+            trials_of(self)[trial_id].report(measured, step)
             self._last_steps[trial_id] = step
 
     def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:

@@ -24,6 +24,7 @@ from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
 from tune_implicit.searches.quiet import quiet_ray
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
+from tune_implicit.trials.troubles import TroubleTeller
 
 __all__ = ["RayEngine", "Scheduler"]
 
@@ -89,7 +90,9 @@ class RayEngine:
         self, searcher: "_PatientSearch", watcher: "_Watcher", n_trials: int, time_budget_s: float | None
     ) -> tune.Tuner:
         work, cpus, gpus = self.work, self.cpus_per_trial, self.gpus_per_trial
-        trainable = tune.with_parameters(ImplicitTrainable, problem=work.problem, data=work.data, mode=work.mode)
+        trainable = tune.with_parameters(
+            ImplicitTrainable, problem=work.problem, data=work.data, metric=work.metric, mode=work.mode
+        )
         return tune.Tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
             param_space=dict(work.settings),
@@ -148,11 +151,14 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self._on_trial_end = on_trial_end
         self._searcher = searcher
         self._warned = False
+        self._troubles = TroubleTeller()
         self.error: Exception | None = None
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on, and say once what the worker says where its output is hidden."""
-        if (trial.last_result or {}).get("selected_on") == "validate_data" and not self._warned:
+        record = trial.last_result or {}
+        self._troubles.tell(record)
+        if record.get("selected_on") == "validate_data" and not self._warned:
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
             self._warned = True
         self._on_trial_end()
@@ -170,7 +176,7 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks next to the trials; a listener on this process has no place there.
-        return {"_on_trial_end": _ignore, "_searcher": None, "_warned": True, "error": None}
+        return self.__dict__ | {"_on_trial_end": _ignore, "_searcher": None, "_warned": True, "error": None}
 
 
 class _StopWhen(tune.Stopper):  # type: ignore[misc]
