@@ -11,6 +11,7 @@ from tests.support.broken import Broken, below, seen_by, settings, unbounded, wr
 from tests.support.problems import F64, Case, quadratic
 from tests.support.working import N, ll_objective, ul_objective, working
 from tune_implicit import State
+from tune_implicit.checks.budget import Budget
 from tune_implicit.checks.curvature import look_at_curvature
 from tune_implicit.checks.findings import CheckReport, Level
 from tune_implicit.checks.fixed import FixedProblem
@@ -64,7 +65,10 @@ BROKEN = {
     ),
     "a Neumann step above 2 / lambda_max": Broken("diverging-step", working, settings(solver="neumann", step_size=5.0)),
     "a penalty of the wrong sign": Broken(
-        "negative-curvature", partial(working, ll_objective=unbounded), settings(ll_steps=1)
+        "negative-curvature", partial(working, ll_objective=unbounded), settings(ll_steps=1, on_failure="skip")
+    ),
+    "negative curvature that another solver answers": Broken(
+        "negative-curvature", partial(working, ll_objective=unbounded), settings(ll_steps=1), Level.WARNING
     ),
     "products that are not repeatable": Broken("solver", partial(working, ll_objective=drawn), settings(verify=True)),
     "weights that the ll loss leaves alone": Broken(
@@ -133,8 +137,31 @@ def test_damping_is_part_of_the_system_that_k_is_told_for() -> None:
     assert damped["lambda_max"] == pytest.approx(bare["lambda_max"])
 
 
-def test_what_takes_too_long_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_implicit.checks.curvature._EFFORT_S", -1.0)
-    report = looked_at(quadratic())
+def test_what_takes_too_long_is_not_measured() -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    def seen(seconds: float) -> CheckReport:
+        now[0] = 0.0
+        report = CheckReport()
+        look_at_curvature(FixedProblem.of(quadratic().problem, settings(), Budget(seconds, clock)), report)
+        return report
+
+    short, longer, enough = seen(0.002), seen(0.5), seen(1000.0)
+    assert wrong(short) == {"no-time": Level.WARNING}
+    assert {"k_cg", "k_minres"} <= set(enough.figures)
+    assert not {"k_cg", "k_minres"} & set(short.figures)
+    assert math.isfinite(enough.figures["k_cg"])
+    assert longer.figures["hvp_s"] == pytest.approx(1e-3 / 4)
+
+
+def test_a_figure_there_was_no_time_for_is_told_as_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, report = FixedProblem.of(quadratic().problem, settings(), Budget(0.0)), CheckReport(figures={"hvp_s": 0.0})
+    look_at_curvature(fixed, report)
+    monkeypatch.setattr(Budget, "affords", lambda self, each_s, most: most)
+    look_at_curvature(fixed, report)
     assert math.isnan(report.figures["k_cg"])
     assert "cg not measured" in report.findings[-1].message

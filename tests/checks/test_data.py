@@ -1,12 +1,17 @@
+import math
 from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support.broken import Again, Broken, seen_by, wrong
-from tests.support.working import split, working
+from tests.support.working import SETTINGS, ll_objective, split, working
+from tune_implicit import State
+from tune_implicit.checks.budget import Budget
 from tune_implicit.checks.data import look_at_data
-from tune_implicit.checks.findings import Level
+from tune_implicit.checks.findings import CheckReport, Level
+from tune_implicit.checks.fixed import FixedProblem
 
 BROKEN = {
     "no select_data": Broken("no-select-data", partial(working, select_data=None), level=Level.WARNING),
@@ -56,3 +61,61 @@ def test_batches_of_other_shapes_or_types_are_not_the_same() -> None:
     ((x, y),) = split(0)
     for validate_data in ([(x.float(), y)], [(x[:-1], y[:-1])], [(x, (y, y))]):
         assert seen_by(look_at_data, working(validate_data=validate_data)).findings == []
+
+
+def masked(state: State) -> Tensor:
+    """Return a loss that leaves out targets that are NaN."""
+    there = state.target.isfinite()
+    return (state.ll_model(state.data) - state.target)[there].square().mean()
+
+
+def test_values_that_an_objective_leaves_out_are_no_fault() -> None:
+    data = split(1)
+    data[0][1][5] = math.nan
+    report = seen_by(look_at_data, working(validate_data=data, ul_objective=masked))
+    assert wrong(report) == {"nan-in-data": Level.WARNING}
+    assert "The target of `validate_data` holds 1 that is NaN, of 60 values" in report.findings[0].message
+
+
+def test_a_gradient_that_is_not_finite_is_not_left_out() -> None:
+    def replaced(state: State) -> Tensor:
+        errors = (state.ll_model(state.data) * state.target).square()
+        return torch.where(state.target.isfinite(), errors, torch.zeros_like(errors)).mean()
+
+    data = split(1)
+    data[0][1][5] = math.nan
+    assert wrong(seen_by(look_at_data, working(validate_data=data, ul_objective=replaced))) == {
+        "nan-in-data": Level.FAULT
+    }
+
+
+def test_all_splits_with_values_that_are_no_numbers_are_told_at_once() -> None:
+    splits = {name: split(seed) for seed, name in enumerate(("train_data", "validate_data", "select_data"))}
+    for data in splits.values():
+        data[0][0][0, 0], data[0][0][0, 1] = math.nan, -math.inf
+    faults = seen_by(look_at_data, working(**splits)).faults
+    assert [name for fault in faults for name in splits if f"`{name}`" in fault.message] == list(splits)
+    assert "1 that is NaN and 1 that is infinite, of 240 values" in faults[0].message
+
+
+def test_an_objective_that_raises_at_such_values_is_not_blamed() -> None:
+    def raises(state: State) -> Tensor:
+        assert state.data.isfinite().all()
+        return ll_objective(state)
+
+    data = split(0)
+    data[0][0][0, 0] = math.nan
+    assert wrong(seen_by(look_at_data, working(train_data=data, ll_objective=raises))) == {"nan-in-data": Level.FAULT}
+
+
+def test_integers_and_words_are_numbers_enough() -> None:
+    data = [({"x": x, "words": ["a"], "i": torch.arange(len(x))}, y) for x, y in split(0)]
+    assert seen_by(look_at_data, working(train_data=data)).findings == []
+
+
+def test_in_little_time_a_split_is_not_read_to_its_end() -> None:
+    endless = Again(float("inf"))
+    fixed, report = FixedProblem.of(working(train_data=endless), SETTINGS, Budget(0.0)), CheckReport()
+    look_at_data(fixed, report)
+    assert endless.read == 1
+    assert "What `train_data` holds after batch 1: not looked at for lack of time" in report.findings[0].message

@@ -10,6 +10,7 @@ from tests.support.broken import Broken, below, drawing, seen_by, settings, unbo
 from tests.support.problems import F64, Values, quadratic, tiny_mlp
 from tests.support.working import SETTINGS, D, ll_objective, ul_objective, working
 from tune_implicit import BilevelProblem, State
+from tune_implicit.checks.budget import Budget
 from tune_implicit.checks.findings import Level
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.checks.retraining import Retraining, look_at_retraining
@@ -88,8 +89,8 @@ def test_nothing_is_compared_where_an_objective_is_not_repeatable() -> None:
 # ---- a problem that is solved again and again
 
 
-def retraining_of(problem: BilevelProblem, deadline: float = math.inf) -> Retraining:
-    return Retraining(FixedProblem.of(problem, SETTINGS), deadline)
+def retraining_of(problem: BilevelProblem, ends: float = math.inf) -> Retraining:
+    return Retraining(FixedProblem.of(problem, SETTINGS, Budget(ends)))
 
 
 def test_it_trains_to_the_minimum() -> None:
@@ -137,5 +138,5 @@ def test_it_gives_up_where_the_line_search_breaks_down(monkeypatch: pytest.Monke
 
 
 def test_it_gives_up_at_its_deadline() -> None:
-    assert not retraining_of(tiny_mlp(), deadline=-math.inf).train_to_minimum()
+    assert not retraining_of(tiny_mlp(), ends=-math.inf).train_to_minimum()
     assert retraining_of(tiny_mlp()).train_to_minimum()

@@ -1,7 +1,6 @@
 """A look at the Hessian where training ends: its eigenvalues, the solve with the settings, and what solvers need."""
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.solvers.minres import Minres
 from tune_implicit.hypergradients.solvers.solution import Solver, Status
@@ -29,10 +29,16 @@ _FAULTS = {
     Status.NON_FINITE: "non-finite",
 }
 
-# The k that are tried, the error asked for, and the seconds that this may take on a large model.
+# The k that are tried, and the error asked for.
 _K_GRID = (1, 2, 4, 8, 16, 32, 64, 128)
 _ERROR = 0.01
-_EFFORT_S = 30
+
+# What they are compared with may take so many steps of MINRES, and this part of the time.
+_REFERENCE_STEPS = 4 * _K_GRID[-1]
+_REFERENCE = 0.4
+
+# With fewer steps it is not worth trying.
+_WORTH = 64
 
 
 def look_at_curvature(fixed: FixedProblem, report: CheckReport) -> None:
@@ -45,8 +51,11 @@ def look_at_curvature(fixed: FixedProblem, report: CheckReport) -> None:
 def _spectrum(fixed: FixedProblem, report: CheckReport) -> None:
     """Estimate the ends of the Hessian's spectrum, and the step sizes they allow."""
     start = random_direction(flatten([param.detach() for param in fixed.ll_params()]))
+    steps = min(_LANCZOS_STEPS, len(start))
+    begun = fixed.budget.clock()
     with fixed.second_order() as second:
-        ends = spectrum(second.hvp, start, _LANCZOS_STEPS)
+        ends = spectrum(second.hvp, start, steps)
+    report.figures["hvp_s"] = (fixed.budget.clock() - begun) / steps
     report.figures.update(lambda_min=ends.lambda_min, lambda_max=ends.lambda_max)
     if not math.isfinite(ends.lambda_max):
         report.stop("non-finite", "The Hessian of `ll_objective` is not finite at the trained weights.")
@@ -67,16 +76,28 @@ def _spectrum(fixed: FixedProblem, report: CheckReport) -> None:
 
 
 def _solve(fixed: FixedProblem, report: CheckReport) -> None:
-    """Solve once with the settings."""
-    settings, (data, target) = fixed.settings, fixed.train
-    implicit = fixed.problem.implicit(**settings.of_a_solve | {"warm_start": False})
+    """Solve once with the settings, and once more with what they fall back on where that fails."""
+    settings = fixed.settings
+    result = _solved(fixed, fallback=False)
+    told = f"{settings.solver}, k={settings.k}: {result.status.value}"
+    if not result.status.failed:
+        report.ok("solver", f"{told}, relative residual {result.relative_residual:.2g}")
+        return
+    name, told = _FAULTS.get(result.status, "solver"), f"{told}. {result.reason}"
+    if settings.fallback and result.status is Status.NEGATIVE_CURVATURE:
+        second = _solved(fixed, fallback=True)
+        if second.answers:
+            report.warn(name, f'{told} Here on_failure="fallback" answers, with {second.solver}.')
+            return
+    report.fault(name, told)
+
+
+def _solved(fixed: FixedProblem, fallback: bool) -> Hypergradient:
+    (data, target), changes = fixed.train, {"warm_start": False, "fallback": fallback}
+    implicit = fixed.problem.implicit(**fixed.settings.of_a_solve | changes)
     result = implicit.compute_gradients(*fixed.validate, train_data=data, train_target=target)
     fixed.problem.ul_model.zero_grad()
-    told = f"{settings.solver}, k={settings.k}: {result.status.value}"
-    if result.status.failed:
-        report.fault(_FAULTS.get(result.status, "solver"), f"{told}. {result.reason}")
-    else:
-        report.ok("solver", f"{told}, relative residual {result.relative_residual:.2g}")
+    return result
 
 
 def _effort(fixed: FixedProblem, report: CheckReport) -> None:
@@ -89,9 +110,12 @@ def _effort(fixed: FixedProblem, report: CheckReport) -> None:
         name: {k: SolverSettings(k=k, tolerance=0.0, **way).make_solver() for k in _K_GRID}
         for name, way in ways.items()
     }
-    needed = _least_k(fixed, solvers)
+    steps = fixed.within(_REFERENCE).budget.affords(report.figures["hvp_s"], _REFERENCE_STEPS)
+    needed = _least_k(fixed, solvers, steps) if steps >= _WORTH else {}
     report.figures.update({f"k_{name}": k for name, k in needed.items()})
-    if not needed and not report.faults:
+    if not needed and steps < _REFERENCE_STEPS:
+        report.no_time("The `k` for 1% error of the implicit term")
+    elif not needed and not report.faults:
         report.warn(
             "effort",
             "The system is so ill-conditioned that MINRES did not solve it: every hypergradient here is a truncated "
@@ -103,13 +127,13 @@ def _effort(fixed: FixedProblem, report: CheckReport) -> None:
         report.ok("effort", f"k for 1% error of the implicit term, on these batches: {', '.join(told)}")
 
 
-def _least_k(fixed: FixedProblem, solvers: Mapping[str, Mapping[int, Solver]]) -> dict[str, float]:
-    """Return by name the least ``k`` with which the implicit term is within 1% of MINRES's.
+def _least_k(fixed: FixedProblem, solvers: Mapping[str, Mapping[int, Solver]], steps: int) -> dict[str, float]:
+    """Return by name the least ``k`` with which the implicit term is within 1% of that of so many steps of MINRES.
 
     It is infinity where none is, NaN where there was no time to find out; the dict is empty where there is nothing to
     compare with, as MINRES did not get there either.
     """
-    deadline, damping = time.perf_counter() + _EFFORT_S, fixed.settings.damping
+    damping = fixed.settings.damping
     ll_params, ul_params = fixed.ll_params(), list(fixed.ul_params().values())
     b = fixed.gradient("ul", ll_params)
 
@@ -123,7 +147,7 @@ def _least_k(fixed: FixedProblem, solvers: Mapping[str, Mapping[int, Solver]]) -
         def hvp(v: Tensor) -> Tensor:
             return torch.add(second.hvp(v), v, alpha=damping)
 
-        reference = Minres(4 * _K_GRID[-1], rtol=_ERROR**2).solve(hvp, b)
+        reference = Minres(steps, rtol=_ERROR**2).solve(hvp, b)
         expected = implicit_term(reference.v)
         allowed = _ERROR * norm_of([expected]).item()
         if reference.status is not Status.CONVERGED or allowed == 0:
@@ -131,7 +155,7 @@ def _least_k(fixed: FixedProblem, solvers: Mapping[str, Mapping[int, Solver]]) -
 
         def first_exact(by_k: Mapping[int, Solver]) -> float:
             for k, solver in by_k.items():
-                if time.perf_counter() > deadline:
+                if fixed.budget.spent:
                     return math.nan
                 solution = solver.solve(hvp, b)
                 if solution.status.failed:

@@ -1,5 +1,6 @@
-"""A look at the splits: how much they hold, and whether they are three."""
+"""A look at the splits: how much they hold, whether they are three, and whether all their values are numbers."""
 
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -9,30 +10,114 @@ from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.errors import TuneImplicitError
 from tune_implicit.hypergradients.state import Batch, tensors_of
 from tune_implicit.trials.problem import NO_SELECT_DATA
-from tune_implicit.trials.splits import batches_of
+from tune_implicit.trials.splits import batches_of, move
 
 __all__ = ["look_at_data"]
 
-# As many batches of a split are read to count its examples.
+# As many batches of a split are read to count its examples, and what they hold.
 _MOST_BATCHES = 1000
+
+_LEVELS = {"train_data": "ll", "validate_data": "ul", "select_data": "ul"}
+
+
+@dataclass
+class _NoNumbers:
+    """The values of one part of a split that are no numbers: how many, of how many, and the first batch of them."""
+
+    nan: int = 0
+    infinite: int = 0
+    values: int = 0
+    first: int = 0
+    batch: Batch | None = None
+
+    def count(self, number: int, batch: Batch, part: int) -> None:
+        """Take in a part, 0 for the data and 1 for the target, of batch ``number``."""
+        for tensor in tensors_of(batch[part]):
+            self.values += tensor.numel()
+            if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.isfinite().all():
+                continue
+            nan = int(tensor.isnan().sum())
+            self.nan += nan
+            self.infinite += int((~tensor.isfinite()).sum()) - nan
+            if self.batch is None:
+                self.first, self.batch = number, batch
+
+    def __str__(self) -> str:
+        kinds = {"NaN": self.nan, "infinite": self.infinite}
+        told = " and ".join(f"{n:,} that {'is' if n == 1 else 'are'} {kind}" for kind, n in kinds.items() if n)
+        return f"{told}, of {self.values:,} values, first in batch {self.first}"
 
 
 def look_at_data(fixed: FixedProblem, report: CheckReport) -> None:
-    """Look at the first batches, and at how much data each split holds."""
+    """Look at the first batches, at how much data each split holds, and for values that are no numbers."""
     first: dict[str, Batch] = {}
     sizes: dict[str, int] = {}
-    for name in ("train_data", "validate_data", "select_data"):
+    no_numbers: dict[tuple[str, str], _NoNumbers] = {}
+    for name in _LEVELS:
         data = getattr(fixed.problem, name)
         if data is None:
             report.warn("no-select-data", NO_SELECT_DATA)
             continue
         sizes[name] = 0
+        counts = [no_numbers.setdefault((name, part), _NoNumbers()) for part in ("data", "target")]
         try:
-            for batch in islice(batches_of(name, data), _MOST_BATCHES):
+            for number, batch in enumerate(islice(batches_of(name, data), _MOST_BATCHES), 1):
                 first.setdefault(name, batch)
                 sizes[name] += next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 1)
+                for part, count in enumerate(counts):
+                    count.count(number, batch, part)
+                if fixed.budget.spent:
+                    report.no_time(f"What `{name}` holds after batch {number}")
+                    break
         except TuneImplicitError as error:
             report.stop("data", str(error))
+    _numbers(fixed, no_numbers, report)
+    _splits(first, sizes, report)
+
+
+def _numbers(fixed: FixedProblem, no_numbers: dict[tuple[str, str], _NoNumbers], report: CheckReport) -> None:
+    """Tell of values that are no numbers, before an objective is blamed for what it makes of them.
+
+    Raises
+    ------
+    StopCheckError
+        If a loss is not finite there.
+    """
+    faults = []
+    for (name, part), found in no_numbers.items():
+        if found.batch is None:
+            continue
+        level = _LEVELS[name]
+        if _is_finite(fixed, level, found.batch):
+            report.warn(
+                "nan-in-data",
+                f"The {part} of `{name}` holds {found}. `{level}_objective` is finite there all the same: make sure "
+                "that it leaves them out, and does not replace them by chance.",
+            )
+        else:
+            faults.append(
+                f"The {part} of `{name}` holds {found}. Drop or impute them where the data are read, or leave them out "
+                f"in `{level}_objective`, which is not finite there."
+            )
+    for fault in faults[:-1]:
+        report.fault("nan-in-data", fault)
+    if faults:
+        report.stop("nan-in-data", faults[-1])
+
+
+def _is_finite(fixed: FixedProblem, level: str, batch: Batch) -> bool:
+    """Return whether a loss and its gradient are finite on a batch."""
+    params = fixed.ll_params()
+    try:
+        loss = fixed.value(level, move(batch, params[0].device))
+        gradient = fixed.gradient(level, params, move(batch, params[0].device))
+    except Exception:  # noqa: BLE001 - whatever the objective makes of no numbers, they are what is wrong first
+        return False
+    return bool(torch.tensor(loss).isfinite()) and bool(gradient.isfinite().all())
+
+
+def _splits(first: dict[str, Batch], sizes: dict[str, int], report: CheckReport) -> None:
+    """Look at whether the splits are three, and each the one it is said to be."""
     for one, other in (("train_data", "validate_data"), ("validate_data", "select_data")):
         if one in first and other in first and _same(first[one], first[other]):
             report.warn(

@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from tune_implicit.checks.budget import Budget
+from tune_implicit.errors import TuneImplicitError
 from tune_implicit.hypergradients.borrowed import map_tensors
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import named_derivatives, twice_differentiable_kernels
@@ -22,7 +25,10 @@ from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.splits import batches_of, move
 
-__all__ = ["FixedProblem"]
+__all__ = ["FixedProblem", "raised_by"]
+
+# The attribute of an exception that says which objective raised it.
+_RAISED_BY = "_tune_implicit_raised_by"
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,26 @@ class FixedProblem:
         Its models are copies, which a look may train and freeze.
     settings : ImplicitSettings
         What a trial is run with.
+    origin : BilevelProblem
+        The problem as it was given, whose models stay as they are.
     train, validate : (data, target)
         The first batch of each split, on the models' device.
     draw : int
         The seed of what the objectives draw, at every call the same.
+    budget : Budget
+        How long a look may take; without end by default.
     """
 
     problem: BilevelProblem
     settings: ImplicitSettings
+    origin: BilevelProblem
     train: Batch
     validate: Batch
     draw: int = 0
+    budget: Budget = field(default_factory=Budget)
 
     @classmethod
-    def of(cls, problem: BilevelProblem, settings: ImplicitSettings) -> "FixedProblem":
+    def of(cls, problem: BilevelProblem, settings: ImplicitSettings, budget: Budget | None = None) -> "FixedProblem":
         """Return ``problem`` with copies of its models, on its first batches.
 
         Raises
@@ -59,8 +71,27 @@ class FixedProblem:
         device = next(problem.ll_model.parameters()).device
         first = {name: next(batches_of(name, getattr(problem, name))) for name in ("train_data", "validate_data")}
         models = {name: copy.deepcopy(getattr(problem, name)) for name in ("ul_model", "ll_model")}
+        named = {name: _named(name, getattr(problem, name)) for name in ("ul_objective", "ll_objective")}
         train, validate = (move(batch, device) for batch in first.values())
-        return cls(replace(problem, **models), settings, train, validate)
+        changed: dict[str, Any] = models | named
+        return cls(replace(problem, **changed), settings, problem, train, validate, budget=budget or Budget())
+
+    def within(self, share: float) -> "FixedProblem":
+        """Return the same problem, to be looked at in that part of the time that is left."""
+        return replace(self, budget=self.budget.part(share))
+
+    def fresh(self) -> BilevelProblem:
+        """Return the problem with further copies of its models as a trial starts from them."""
+        models = {name: copy.deepcopy(getattr(self.origin, name)) for name in ("ul_model", "ll_model")}
+        in_use = self.ul_params()
+        for name, param in named_trainable(models["ul_model"]).items():
+            param.requires_grad_(name in in_use)
+        return replace(self.problem, **models)
+
+    def copied(self) -> BilevelProblem:
+        """Return the problem with further copies of its models as they are."""
+        models = {name: copy.deepcopy(getattr(self.problem, name)) for name in ("ul_model", "ll_model")}
+        return replace(self.problem, **models)
 
     def doubled(self) -> "FixedProblem":
         """Return a copy in float64."""
@@ -136,3 +167,23 @@ def _repeated(objective: Objective, seed: int) -> Objective:
             return objective(state)
 
     return repeated
+
+
+def _named(name: str, objective: Objective) -> Objective:
+    """Return ``objective``, whose exceptions say that it raised them."""
+
+    def named(state: State) -> Tensor:
+        try:
+            return objective(state)
+        except Exception as error:
+            if not isinstance(error, TuneImplicitError | torch.OutOfMemoryError):
+                setattr(error, _RAISED_BY, name)
+            raise
+
+    return named
+
+
+def raised_by(error: Exception) -> str | None:
+    """Return the name of the objective whose own code raised ``error``, ``None`` where none did."""
+    name: str | None = getattr(error, _RAISED_BY, None)
+    return name

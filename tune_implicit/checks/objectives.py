@@ -2,20 +2,25 @@
 
 import math
 import re
+import traceback
+from pathlib import Path
 
 import torch
 
 from tune_implicit.checks.findings import CheckReport, StopCheckError
-from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.checks.fixed import FixedProblem, raised_by
 from tune_implicit.errors import DerivativeError, DetachedError, InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.state import tensors_of
 
-__all__ = ["look_at_objectives"]
+__all__ = ["look_at_objectives", "raised"]
 
 # What a search moves rather than a gradient.
 _SEARCHED = re.compile(
     r"(^|[._])(log_?)?(lr|learning_?rate|step_?size|momentum|init\w*|beta\d?)($|[._])", re.IGNORECASE
 )
+
+# Where a line is that is not the user's: this package, and torch.
+_NOT_THEIRS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def look_at_objectives(fixed: FixedProblem, report: CheckReport) -> None:
@@ -56,6 +61,10 @@ def _losses(fixed: FixedProblem, report: CheckReport) -> None:
             report.stop("non-scalar", str(error))
         except RuntimeError as error:
             _stop_at_torch_error(report, name, error)
+        except Exception as error:
+            if raised_by(error) is None:
+                raise
+            report.stop("objective-raised", f"`{name}` {raised(error)}")
         if any(not torch.equal(old, new) for old, new in zip(before, touchable, strict=True)):
             report.stop(
                 "in-place",
@@ -72,7 +81,16 @@ def _stop_at_torch_error(report: CheckReport, name: str, error: RuntimeError) ->
     text = str(error).splitlines()[0]
     if "inplace" in text or "in-place" in text:
         report.stop("in-place", f"`{name}` edits in place what its gradient needs: {text} Work on a copy.")
-    report.stop("torch-error", f"`{name}` raised {type(error).__name__}: {text}")
+    report.stop("torch-error", f"`{name}` {raised(error)}")
+
+
+def raised(error: Exception) -> str:
+    """Return what an objective raised, and in which line of the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_THEIRS)]
+    where = f" (in line {own[-1].lineno} of {Path(own[-1].filename).name})" if own else ""
+    text = (str(error).splitlines() or [""])[0]
+    return f"raised {type(error).__name__}{where}: {text}"
 
 
 def _paths(fixed: FixedProblem, report: CheckReport) -> None:

@@ -1,7 +1,6 @@
 """A look at training: whether it gets to a minimum, and to one at which the ll loss is smooth."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.checks.rates import look_for_rate, told_rate, train
 from tune_implicit.errors import DivergedError
 from tune_implicit.hypergradients.solvers.minres import Minres
 from tune_implicit.hypergradients.state import State
-from tune_implicit.hypergradients.vectors import norm_of, unflatten
+from tune_implicit.hypergradients.vectors import flatten, norm_of, unflatten
 from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.splits import batches_of, move
 from tune_implicit.trials.trainer import BilevelTrainer
@@ -25,6 +25,9 @@ __all__ = ["look_at_training"]
 _TRAINING_STEPS = 1000
 _BATCHES = 10
 _DRAWS = 4
+
+# The part of the time that the training itself may take.
+_TRAINING = 0.7
 
 # Training has got to a minimum where it leaves less than this part of the gradient that it started from, or where a
 # Newton step would take less than this part off the ll loss.
@@ -39,8 +42,10 @@ _SURE = 3.0
 _STATIONARY = 1e-3
 
 # More training does not take a gradient away where it leaves more than this part of it. It follows the gradient where
-# it lowers the loss by more than this part of what training has lowered it by before.
+# it lowers the loss by more than this part of what training has lowered it by before, and is too small to matter where
+# its own curvature promises less than that part.
 _TAKEN_AWAY = 0.7
+_PROMISED = 1e-3
 _FOLLOWED = 0.02
 
 # A step along the gradient of a smooth loss takes off more than this part of what gradient and curvature promise.
@@ -50,20 +55,25 @@ _KEPT = 0.3
 def look_at_training(fixed: FixedProblem, report: CheckReport) -> None:
     """Train the ll model as a trial would, the ul values fixed, and look at where it gets to; it stays there."""
     settings = fixed.settings
-    steps = min(_TRAINING_STEPS, settings.warmup_ll_steps + settings.ll_steps * settings.ul_steps)
+    wanted = min(_TRAINING_STEPS, settings.warmup_ll_steps + settings.least_ll_steps * settings.ul_steps)
     _modes(fixed, report)
     before = _MeanGradient(fixed)
     ul_before, ll_before = fixed.value("ul"), fixed.value("ll")
-    start = time.perf_counter()
-    _train(fixed, steps, report)
-    report.figures["ll_step_s"] = (time.perf_counter() - start) / max(steps, 1)
+    start = fixed.budget.clock()
+    try:
+        steps = train(fixed.within(_TRAINING), fixed.problem, settings, wanted)
+    except DivergedError as error:
+        look_for_rate(fixed, wanted, report)
+        report.stop("training-diverges", str(error) + told_rate(fixed, report))
+    report.figures["ll_step_s"] = (fixed.budget.clock() - start) / max(steps, 1)
     after = _MeanGradient(fixed)
     report.figures["stationarity"] = after.norm
     ul_after, ll_after = fixed.value("ul"), fixed.value("ll")
-    if not (math.isfinite(ul_after) and math.isfinite(ll_after)):
-        report.stop("non-finite", f"After {steps} ll steps the ul loss is {ul_after}, the ll loss {ll_after}.")
-    if steps:
-        _minimum(fixed, before, after, steps, report)
+    for name, loss in (("ll_objective", ll_after), ("ul_objective", ul_after)):
+        if not math.isfinite(loss):
+            report.stop("non-finite", f"After {steps} ll steps `{name}` returns {loss}.")
+    if wanted:
+        _end_of(fixed, before, after, (steps, wanted), report)
     _signs((ul_before, ul_after), (ll_before, ll_after), report)
     report.ok(
         "training", f"{steps} ll steps: ll loss {ll_after:.4g}, ||df/dw|| from {before.norm:.2g} to {after.norm:.2g}"
@@ -71,12 +81,19 @@ def look_at_training(fixed: FixedProblem, report: CheckReport) -> None:
     _metrics(fixed, report)
 
 
-def _train(fixed: FixedProblem, steps: int, report: CheckReport) -> None:
-    trainer = BilevelTrainer(fixed.problem, replace(fixed.settings, ul_learning_rate=0.0))
-    try:
-        trainer.train_ll(steps)
-    except DivergedError as error:
-        report.stop("training-diverges", str(error))
+def _end_of(
+    fixed: FixedProblem, before: "_MeanGradient", after: "_MeanGradient", steps: tuple[int, int], report: CheckReport
+) -> None:
+    """Look at where training has got to in so many steps of so many, and for a learning rate that does better."""
+    taken, wanted = steps
+    if after.norm > _TRAINED * before.norm:
+        look_for_rate(fixed, wanted, report)
+    else:
+        report.recommend(ll_learning_rate=fixed.settings.ll_learning_rate)
+    if taken == wanted:
+        _minimum(fixed, before, after, taken, report)
+    else:
+        report.no_time(f"Whether training gets to a minimum, after {taken} of {wanted} ll steps")
 
 
 class _MeanGradient:
@@ -88,12 +105,16 @@ class _MeanGradient:
         # One batch has no spread, but what an objective draws has one, too.
         batches = batches if len(batches) > 1 else batches * _DRAWS
         self._each = [(replace(fixed, draw=i), move(batch, params[0].device)) for i, batch in enumerate(batches)]
-        each = [drawn.gradient("ll", params, batch) for drawn, batch in self._each]
+        losses, gradients = zip(*(drawn.gradients("ll", params, batch) for drawn, batch in self._each), strict=True)
+        each = [
+            flatten([torch.zeros_like(p) if g is None else g for g, p in zip(gradient, params, strict=True)])
+            for gradient in gradients
+        ]
         self.vector = torch.stack(each).mean(0)
         self.norm = norm_of([self.vector]).item()
         spread = math.fsum(norm_of([one - self.vector]).item() ** 2 for one in each)
         self.error = math.sqrt(spread / max(1, len(each) * (len(each) - 1)))  # the standard error of the mean
-        self.loss = self.loss_now()
+        self.loss = math.fsum(loss.item() for loss in losses) / len(losses)
 
     def loss_now(self) -> float:
         """Return the mean ll loss over the same batches at the weights as they are."""
@@ -122,7 +143,7 @@ def _minimum(fixed: FixedProblem, before: _MeanGradient, after: _MeanGradient, s
         report.fault(
             "not-at-minimum",
             f"{told}, {after.norm / before.norm:.0%} of what it was before them: the hypergradient assumes 0. Take "
-            "more `ll_steps` or `warmup_ll_steps`, or another `ll_learning_rate`.",
+            f"more `ll_steps` or `warmup_ll_steps`, or another `ll_learning_rate`.{told_rate(fixed, report)}",
         )
 
 
@@ -130,14 +151,23 @@ def _is_stuck(
     fixed: FixedProblem, before: _MeanGradient, after: _MeanGradient, steps: int, report: CheckReport
 ) -> bool:
     """Return whether there is a gradient that as many more ll steps neither take away nor follow."""
-    scale = _curvature_along(fixed, after.vector) * norm_of([param.detach() for param in fixed.ll_params()]).item()
-    if after.norm <= max(_SURE * after.error, _STATIONARY * abs(scale)):
+    curvature = abs(_curvature_along(fixed, after.vector))
+    scale = curvature * norm_of([param.detach() for param in fixed.ll_params()]).item()
+    if after.norm <= max(_SURE * after.error, _STATIONARY * scale):
+        return False
+    if after.norm**2 < 2 * curvature * _PROMISED * abs(before.loss - after.loss):
         return False
     model = fixed.problem.ll_model
     trained = {name: value.clone() for name, value in model.state_dict().items()}
-    _train(fixed, steps, report)
+    try:
+        taken = train(fixed, fixed.problem, fixed.settings, steps)
+    except DivergedError as error:
+        report.stop("training-diverges", str(error))
     later = _MeanGradient(fixed)
     model.load_state_dict(trained)
+    if taken < steps:
+        report.no_time("Whether more training takes the gradient away that is left")
+        return False
     followed = after.loss - later.loss > _FOLLOWED * abs(before.loss - after.loss)
     return not followed and later.norm > max(_TAKEN_AWAY * after.norm, _SURE * later.error)
 
@@ -255,4 +285,5 @@ def _metrics(fixed: FixedProblem, report: CheckReport) -> None:
     functions = {"select_loss": problem.ul_objective, **problem.metrics}
     for metric, value in evaluate(problem, name, getattr(problem, name), functions).items():
         if not math.isfinite(value):
-            report.fault("non-finite", f"`{metric}` is {value} on `{name}`: every trial would fail.")
+            what = f"`{metric}` (`ul_objective`)" if metric == "select_loss" else f"`{metric}`"
+            report.fault("non-finite", f"{what} is {value} on `{name}`: every trial would fail.")
