@@ -5,7 +5,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 NUMERICAL := tests/hypergradients tests/trials tests/checks
 
-.PHONY: demo test test-kernels test-oldest lint benchmark setup clean
+.PHONY: demo test test-kernels test-oldest lint benchmark bench-defaults bench-search setup clean
 
 demo: setup
 	$(BIN)/python examples/hyper_cleaning.py
@@ -29,11 +29,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# `trajectory.py` needs Debian's package dataset-fashion-mnist.
+# The benchmarks but `hypergradient.py` and `statuses.py` need Debian's package dataset-fashion-mnist.
 benchmark: setup
 	$(BIN)/python benchmarks/hypergradient.py --output benchmarks/results/hypergradient.md
 	$(BIN)/python benchmarks/statuses.py --output benchmarks/results/statuses.md
 	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results
+
+# An hour on one core.
+bench-defaults: setup
+	$(BIN)/python benchmarks/defaults.py --output benchmarks/results
+
+# Seven hours on one core; `--rivals 2` takes three.
+bench-search: setup
+	$(BIN)/python benchmarks/search.py --output benchmarks/results
 
 setup: .venv/installed
 
