@@ -11,6 +11,7 @@ from tune_implicit.errors import DivergedError
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
 from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.problem import BilevelProblem
+from tune_implicit.trials.rate import MOST_GROWTH
 from tune_implicit.trials.record import COUNTERS, LEARNING, Record
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer
@@ -21,9 +22,6 @@ __all__ = ["look_at_rehearsal"]
 # The most ul steps that are taken, and the part of the time for those with the settings as they are.
 _STEPS = 20
 _AS_THEY_ARE = 0.5
-
-# The most by which a rate that adapts grows in a ul step.
-_GROWTH = math.exp(0.3)
 
 # Other settings are as good where their loss is above by no more than this part of it.
 _AS_GOOD = 0.01
@@ -83,9 +81,8 @@ class _Rehearsal:
 
     @property
     def troubles(self) -> list[str]:
-        """The names of what is wrong; ul values that were left alone in all steps did not move for that reason."""
-        skipped = self.record["skipped_ul_steps"] == self.steps
-        return [name for name in troubles_of(self.record) if not (name == "unmoved" and skipped)]
+        """The names of what is wrong."""
+        return troubles_of(self.record)
 
 
 def look_at_rehearsal(fixed: FixedProblem, report: CheckReport) -> None:
@@ -177,7 +174,7 @@ def _moves(moved: float, trainer: BilevelTrainer, settings: ImplicitSettings) ->
         return moved
     growth = 1.0
     if settings.adapt_ul_learning_rate and trainer.ul_rate > settings.ul_learning_rate:
-        growth = min(_GROWTH, (trainer.ul_rate / settings.ul_learning_rate) ** (1 / max(1, trainer.ul_step - 1)))
+        growth = min(MOST_GROWTH, (trainer.ul_rate / settings.ul_learning_rate) ** (1 / max(1, trainer.ul_step - 1)))
     total, step = moved, moved / taken
     for _ in range(left):
         step *= growth

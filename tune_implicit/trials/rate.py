@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UlRate"]
+__all__ = ["MOST_GROWTH", "UlRate"]
 
 # All chosen by benchmarks/defaults.py, one setting for all of its tasks.
-# The rate is multiplied by exp(_GROWTH * agreement), the agreement smoothed over some two steps.
-_GROWTH = 0.3
+# The rate is multiplied by MOST_GROWTH ** agreement, the agreement smoothed over some two steps.
+MOST_GROWTH = math.exp(0.3)
 _SMOOTHING = 0.5
 
 # A hypergradient is shortened to so many times the geometric mean of those before it: a solve that was truncated along
@@ -121,7 +121,7 @@ class UlRate:
             found = _agreement(touched, compared)
             if found is not None:
                 agreement = self._agreement.add(max(-1.0, min(1.0, found / self._own)))
-                self.factor *= math.exp(_GROWTH * agreement * (self._pays() if agreement > 0 else 1.0))
+                self.factor *= MOST_GROWTH ** (agreement * (self._pays() if agreement > 0 else 1.0))
         self._set()
 
     def _pays(self) -> float:
