@@ -88,7 +88,7 @@ class Search:
         start = time.process_time()
         self.study.optimize(self.objective, n_trials=1)
         self.used += time.process_time() - start
-        trial = self.study.trials[-1]
+        trial = self.study.get_trials(deepcopy=False)[-1]
         artifact = self.folder / trial.user_attrs["checkpoint"]
         saved = torch.load(artifact, weights_only=True)
         artifact.unlink()
@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of CPU time, for each search")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--rivals", type=int, default=0, help="black boxes of the seeds after the first; 0 is all")
+    parser.add_argument("--searches", nargs="+", help="only these, in place of what has been kept of them")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--output", type=Path, default=Path("tune_implicit_results/bench_search"))
     arguments = parser.parse_args()
@@ -349,10 +350,10 @@ def main() -> None:
     kept = arguments.output / "search.jsonl"
     for seed, name in itertools.product(arguments.seeds, arguments.tasks):
         results = read(kept)
-        if seed in results.get(name, {}):
+        names = arguments.searches
+        if seed in results.get(name, {}) and not names:
             continue
-        names = None
-        if arguments.rivals and (before := results.get(name)):
+        if not names and arguments.rivals and (before := results.get(name)):
             first = before[min(before)]
             boxes = sorted((box for box in first if box != HYBRID), key=lambda box: first[box]["select"])
             names = [HYBRID, *boxes[: arguments.rivals]]

@@ -364,3 +364,12 @@ def test_check_of_a_problem_that_cannot_be_made(tmp_path: Path) -> None:
 def test_check_without_a_task() -> None:
     got = CliRunner().invoke(main, ["check", "no_such_file.py"])
     assert (got.exit_code, got.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
+def test_what_a_task_without_a_space_fixes_is_not_searched() -> None:
+    fixed = "del space\nsettings = {'penalties': 4, 'solver': 'minres', 'll_learning_rate': 0.05, 'll_steps': 3}"
+    run("--output", "found", "--trials", "1", more=fixed)
+    (trial,) = load_search("found").trials
+    assert (trial.config["solver"], trial.config["ll_learning_rate"]) == ("minres", 0.05)
+    assert "min_ll_steps" not in trial.config

@@ -51,7 +51,7 @@ def run(
     """Run the search that the file TASK defines.
 
     TASK is a Python file with `problem(config)` or `problem(config, data)`, and optionally `space`, `data()` and the
-    dict `settings`. Without a `space` the search is over `recommended_space()`.
+    dict `settings`. Without a `space` the search is over `recommended_space()`, but for what `settings` fixes.
     """
     folder = output or Path("tune_implicit_results") / task.stem
     with _Told():
@@ -187,7 +187,10 @@ def _load_task(path: Path) -> ModuleType:
     if not hasattr(module, "space"):
         from tune_implicit.searches.space import recommended_space
 
-        module.__dict__["space"] = recommended_space()
+        settings = getattr(module, "settings", None) or {}
+        fixed = {*settings, *(["min_ll_steps"] if isinstance(settings.get("ll_steps"), int) else [])}
+        space = {name: values for name, values in recommended_space().items() if name not in fixed}
+        module.__dict__["space"] = space
     return module
 
 

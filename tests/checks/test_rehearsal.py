@@ -89,7 +89,7 @@ def test_training_that_diverges_once_the_ul_values_move_is_a_fault() -> None:
 
 
 def test_an_ll_model_that_lags_gets_more_ll_steps_or_a_larger_rate() -> None:
-    report = looked_at(sgd(), ll_steps=1, ll_learning_rate=1e-3, ul_steps=100)
+    report = looked_at(sgd(), ll_steps=2, ll_learning_rate=1e-3, ul_steps=100)
     assert wrong(report)["ll-model-lags"] is Level.WARNING
     assert report.recommended.get("ll_steps") == "auto" or report.recommended["ll_learning_rate"] > 1e-3
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.support.noisy import assert_same_bits
 from tests.support.problems import F64
 from tests.support.systems import saved_and_loaded
+from tune_implicit.errors import InvalidValueError
 from tune_implicit.trials.problem import OptimizerFactory, quick_adam
 from tune_implicit.trials.rate import UlRate
 
@@ -39,15 +40,18 @@ class Walk:
         self.optimizer = optimizer(self.params, lr=lr)
         self.rate = UlRate(self.optimizer, self.params, adapts)
         self.project = project
+        self.loss = HIGH
 
-    def step(self, *gradients: Tensor, loss: float = HIGH) -> float:
-        """Take a step and return the decrease that the gradients predict of it."""
+    def step(self, *gradients: Tensor, loss: float | None = None) -> float:
+        """Take a step and return the decrease that the gradients predict of it, which the loss does by default."""
         for param, gradient in zip(self.params, gradients, strict=True):
             param.grad = gradient.clone()
-        moved = self.rate.step(loss, self.project)
-        return -sum((g * m).sum().item() for g, m in zip(gradients, moved, strict=True))
+        moved = self.rate.step(self.loss if loss is None else loss, self.project)
+        predicted = -sum((g * m).sum().item() for g, m in zip(gradients, moved, strict=True))
+        self.loss -= predicted
+        return predicted
 
-    def move(self, *gradients: Tensor, loss: float = HIGH) -> Tensor:
+    def move(self, *gradients: Tensor, loss: float | None = None) -> Tensor:
         """Take a step and return how far the ul values went."""
         before = self.point()
         self.step(*gradients, loss=loss)
@@ -369,3 +373,43 @@ def test_rate_that_adapts_takes_over_a_constant_one() -> None:
     own.load(donor.state())
     assert (own.rate.factor, own.lrs()) == (1.0, [0.3])
     assert factors(own, itertools.repeat(tensor(1), 5))[-1] > 1
+
+
+# ---- what comes of a promise
+
+
+def test_rate_shrinks_where_nothing_comes_of_what_steps_promise() -> None:
+    walk = Walk(tensor(0, 0))
+    seen = factors(walk, itertools.repeat(tensor(1, 2), 8))
+    for _ in range(20):
+        walk.step(tensor(1, 2), loss=walk.loss)
+        walk.loss = HIGH  # it has not fallen after all
+        seen.append(walk.rate.factor)
+    assert max(seen) == pytest.approx(max(seen[:14]))
+    assert seen[-1] < 0.2 * max(seen)
+
+
+def test_noise_between_batches_hides_what_comes_of_a_promise() -> None:
+    walk, noise = Walk(tensor(0, 0), lr=1e-4), itertools.cycle([3.0, -3.0, -1.0, 1.0])
+    for _ in range(16):
+        walk.step(tensor(1, 2), loss=100 + next(noise))
+    assert walk.rate.factor > 2
+
+
+def test_optimizer_without_a_rate_has_none_to_adapt() -> None:
+    class Fixed(torch.optim.Optimizer):
+        def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+            super().__init__(params, {})
+
+        def step(self, closure: object = None) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data -= 0.1 * param.grad
+
+    with pytest.raises(InvalidValueError, match=r"an `lr`, got Fixed without: .* Take adapt_ul_learning_rate=False"):
+        Walk(tensor(0), optimizer=Fixed)
+    walk = Walk(tensor(0), optimizer=Fixed, adapts=False)
+    walk.step(tensor(1))
+    assert walk.point().item() == pytest.approx(-0.1)
+    assert math.isnan(walk.rate.value)
+    walk.rate.load_state_dict(walk.rate.state_dict())

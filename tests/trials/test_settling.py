@@ -55,6 +55,8 @@ def lower() -> Lower:
 
 def test_right_after_a_ul_step_what_is_left_is_what_it_promised(lower: Lower) -> None:
     lower.look()
+    assert math.isnan(lower.settling.lag)  # it may be noise
+    lower.look()
     assert lower.settling.lag == pytest.approx(1.0)
     assert not lower.settling.settled
 
@@ -62,8 +64,8 @@ def test_right_after_a_ul_step_what_is_left_is_what_it_promised(lower: Lower) ->
 def test_what_is_left_is_what_the_ul_loss_will_still_fall_by(lower: Lower) -> None:
     end = torch.linalg.solve(H, C + STEP)
     for _ in range(10):
-        lower.settling.begin(V, PROMISED)  # anew, so that it looks at one gradient
-        lower.look()
+        lower.settling.begin(V, PROMISED)  # anew, so that it looks at one point
+        lower.train(2, lr=0.0)
         still = (B @ (lower.w() - end)).item()
         assert lower.settling.lag * PROMISED == pytest.approx(abs(still))
         lower.train(2)
@@ -99,7 +101,7 @@ def test_where_steps_become_small_what_larger_ones_have_left_is_not_theirs(lower
     for promised, steps in [(PROMISED, 1), (1e-6 * PROMISED, 1), (1e-6 * PROMISED, 40)]:
         for _ in range(steps):
             lower.settling.begin(V, promised)
-        lower.look()
+        lower.train(2, lr=0.0)
         lags.append(lower.settling.lag)
     assert lags[0] <= lags[1] < 2 * lags[0]
     assert lags[2] > 1000 * lags[0]
@@ -137,6 +139,7 @@ def test_what_was_not_looked_at_is_not_told(lower: Lower) -> None:
 
 def test_parameter_without_a_gradient_has_no_part_in_it(lower: Lower) -> None:
     lower.params[0].grad, lower.params[1].grad = None, torch.ones(1, 3, dtype=F64)
+    lower.settling.see()
     lower.settling.see()
     assert lower.settling.lag == pytest.approx(abs(V[1:].sum().item()) / PROMISED)
 

@@ -50,8 +50,8 @@ CONFIG = {"ul_steps": 5, "ul_steps_per_report": 2, "k": 2}
 def test_record_has_the_documented_names_and_flat_finite_values() -> None:
     trial = Trial(lambda config: linear_problem(config, {"metrics": {"mae": lambda s: 0.5}}), CONFIG)
     record = finish(trial)
-    # No noise was asked for.
-    assert set(record) == RESERVED - {"failure", "noise_norm"} | {"mae"}
+    # No noise was asked for, and it went well.
+    assert set(record) == RESERVED - {"failure", "divergence", "noise_norm"} | {"mae"}
     assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
     assert json.loads(json.dumps(trial.history)) == trial.history
     assert [entry["ul_step"] for entry in trial.history] == [2, 4, 5]
@@ -316,11 +316,15 @@ def test_trial_that_diverges_after_a_report_keeps_the_best_one(tmp_path: Path) -
     assert record == trial.record
     assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
     assert_same_bits(kept_models(trial, tmp_path), models)
-    # It is completed for whoever loads it, too.
+    # It is completed for the same trial loaded, while another may do better from there.
     trial.save(tmp_path / "trial.pt")
-    loaded = scored(1.0)
+    loaded = scored(1.0, 2.0, math.nan, 3.0)
     loaded.load(tmp_path / "trial.pt")
-    assert loaded.record == record
+    assert loaded.record == loaded.advance() == record
+    heir = scored(*[3.0] * 9)
+    heir.load(tmp_path / "trial.pt")
+    assert not heir.completed
+    assert heir.advance()["ul_step"] == 4
 
 
 def test_ll_loss_that_diverges_after_a_report_ends_the_trial_as_well() -> None:
@@ -481,3 +485,46 @@ def test_trials_are_never_compared_by_the_largest_loss(metric: str) -> None:
 def test_mode_is_min_or_max() -> None:
     with pytest.raises(InvalidValueError, match=r'`mode` must be "min" or "max", got \'best\''):
         Trial(linear_problem, CONFIG, mode="best")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_penalties_of_features_that_are_noise_do_not_grow_until_the_trial_diverges(seed: int) -> None:
+    """Their best value is infinite, and what a step towards it promises is hardly anything."""
+    x = torch.randn(3, 40, 20, generator=generator(seed))
+    y = x[..., :3].sum(-1, keepdim=True) + torch.randn(3, 40, 1, generator=generator(seed + 9))
+
+    def ridge(config: dict[str, Any]) -> BilevelProblem:
+        splits = {name: [(x[i], y[i])] for i, name in enumerate(("train_data", "validate_data", "select_data"))}
+        models = {"ul_model": Values(log_l2=torch.full((20,), -3.0)), "ll_model": nn.Linear(20, 1)}
+        return replace(linear_problem({}, splits), **models)
+
+    record = finish(Trial(ridge, {"ll_learning_rate": 0.05, "patience": 0}))
+    assert record["ended_by"] == "steps"
+    assert record["troubles"] == ""
+    assert record["kept_value"] < 0.9 * record["start_loss"]
+
+
+def test_trial_that_has_come_to_its_end_advances_no_more() -> None:
+    trial = scored(1.0, 2.0)
+    finish(trial)
+    assert trial.advance() == trial.record
+    assert len(trial.history) == 2
+
+
+def test_donor_past_ones_own_end_completes_the_trial(tmp_path: Path) -> None:
+    """As may be met by population-based training over `ul_steps`."""
+    donor = scored(3.0, 1.0, 2.0, 4.0)
+    for _ in range(3):
+        donor.advance()
+    donor.save(tmp_path / "trial.pt")
+    heir = scored(9.0, 9.0)
+    heir.load(tmp_path / "trial.pt")
+    record = heir.advance()
+    assert (record["ended_by"], record["score"], record["troubles"]) == ("steps", 1.0, "")
+    assert record["ul_step"] == 3
+
+
+def test_what_a_trial_diverged_with_is_told() -> None:
+    record = finish(scored(1.0, math.nan))
+    assert record["divergence"] == "`score` became nan by ul step 2."
+    assert (record["ul_step"], record["kept_ul_step"]) == (2, 1)

@@ -36,7 +36,7 @@ SEEN: dict[str, Record] = {
     "unmoved": {"ul_moved": 1e-7, "ul_rate": 1e-9},
     "ran-away": {"ul_moved": 1e3},
     "worse": {"select_loss": 3.0},
-    "diverged": {"ended_by": "divergence"},
+    "diverged": {"ended_by": "divergence", "divergence": "The ll loss became nan."},
     "lagging": {"lagging_ul_steps": 99},
 }
 
@@ -88,7 +88,7 @@ def test_trial_whose_ul_values_run_away() -> None:
 
 
 def test_trial_whose_ll_model_does_not_follow() -> None:
-    record = last_record(ll_learning_rate=1e-9, ll_steps=1, ul_steps=30, patience=0)
+    record = last_record(ll_learning_rate=1e-9, ll_steps=2, ul_steps=30, patience=0)
     assert "lagging" in told(record)
     assert f"{record['lagging_ul_steps']} of 30 ul steps" in sentences(record)["lagging"]
 
@@ -114,7 +114,7 @@ def test_trial_that_diverges_after_a_report() -> None:
     trial.advance()
     trial.problem.ll_model.weight.data.fill_(math.nan)
     assert told(trial.advance()) == ["diverged"]
-    assert "after ul step 2, up to which it is kept" in sentences(trial.record)["diverged"]
+    assert "after ul step 2, whose report is kept. The ll loss became nan" in sentences(trial.record)["diverged"]
 
 
 def test_trial_that_fails() -> None:
@@ -185,3 +185,16 @@ def test_each_kind_is_warned_of_once() -> None:
     assert len(caught) == 1
     with pytest.warns(LearningWarning, match=r"\(unmoved\)"):
         TroubleTeller().tell(record)  # another search
+
+
+def test_how_far_ul_values_move_is_measured_by_their_own_size() -> None:
+    small, large = LEARNED | {"ul_moved": 7e-4, "ul_scale": 1e-4}, LEARNED | {"ul_moved": 577.0, "ul_scale": 75.0}
+    assert troubles_of(small) == troubles_of(large) == []
+    assert troubles_of(small | {"ul_scale": 0.0}) == ["unmoved"]
+    assert troubles_of(large | {"ul_scale": 0.0}) == ["ran-away"]
+
+
+def test_ul_values_that_are_not_finite_have_run_away() -> None:
+    without = {name: value for name, value in LEARNED.items() if name != "ul_moved"}
+    assert troubles_of(without) == ["ran-away"]
+    assert "by inf (root mean square)" in sentences(without | {"troubles": "ran-away"})["ran-away"]

@@ -205,7 +205,11 @@ def _alternatives(own: _Rehearsal, recommended: dict[str, Any], settings: Implic
     if "unmoved" in troubles:
         changes |= {"ul_learning_rate": max(_RATE, settings.ul_learning_rate), "adapt_ul_learning_rate": True}
     if {"ran-away", "diverged"} & set(troubles):
-        changes["ul_learning_rate"] = min(_RATE, _SMALLER * settings.ul_learning_rate)
+        # One that adapts would get to where it diverged, only later.
+        changes |= {
+            "ul_learning_rate": min(_RATE, _SMALLER * settings.ul_learning_rate),
+            "adapt_ul_learning_rate": False,
+        }
     tried = [changes]
     if "lagging" in troubles:
         most = settings.max_ll_steps if settings.ll_steps == "auto" else int(settings.ll_steps)

@@ -216,7 +216,9 @@ def _modes(fixed: FixedProblem, report: CheckReport) -> None:
     modes = [(module, module.training) for model in (problem.ul_model, problem.ll_model) for module in model.modules()]
     BilevelTrainer(problem, replace(fixed.settings, warmup_ll_steps=0, ul_learning_rate=0.0)).train_ll(2)
     (train_data, train_target), (data, target) = fixed.train, fixed.validate
-    one = problem.implicit(**fixed.settings.of_a_solve | {"solver": "neumann", "k": 0, "stop": "tolerance"})
+    one = problem.implicit(
+        **fixed.settings.of_a_solve | {"solver": "neumann", "k": 0, "stop": "tolerance", "preconditioner_memory": 0}
+    )
     one.compute_gradients(data, target, train_data=train_data, train_target=train_target)
     problem.ul_model.zero_grad()
     problem.ll_model.load_state_dict(trained)

@@ -41,7 +41,8 @@ class TrialResult:
     state : {"complete", "pruned", "failed"}
         How it ended.
     value : float, optional
-        The search's metric; ``None`` where it failed.
+        The search's metric: of a completed trial that of the report it keeps, of a pruned one that of its last;
+        ``None`` where it failed.
     config : dict
         What its problem was made from.
     metrics : dict
@@ -66,13 +67,13 @@ class TrialResult:
 
     @property
     def ul_state(self) -> dict[str, Tensor]:
-        """The learned ul values of the report that is kept, for ``ul_model.load_state_dict``."""
+        """The learned ul values of its best report (``keep="last"``: of its last), for ``ul_model.load_state_dict``."""
         ul_state: dict[str, Tensor] = self._saved()["kept"]["ul_model"]
         return ul_state
 
     @property
     def ll_state(self) -> dict[str, Tensor]:
-        """The trained ll model of the report that is kept, for ``ll_model.load_state_dict``."""
+        """The trained ll model of that report, for ``ll_model.load_state_dict``."""
         ll_state: dict[str, Tensor] = self._saved()["kept"]["ll_model"]
         return ll_state
 

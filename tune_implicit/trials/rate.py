@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tune_implicit.errors import InvalidValueError
 
 __all__ = ["MOST_GROWTH", "UlRate"]
 
@@ -29,6 +32,12 @@ _HALF = 0.5
 _MEMORY = 0.7
 _PAYS = 0.3
 
+# The rate shrinks where the ul loss has fallen by less than this part of what so many steps have promised, by more than
+# so many standard errors: the steps then lead nowhere, as where a penalty that is too large already grows for ever.
+_DELIVERED = 0.05
+_WINDOW = 4
+_HIDDEN = 2.0
+
 
 class UlRate:
     """Take ul steps whose rate follows what the next hypergradient says of the last one.
@@ -38,7 +47,8 @@ class UlRate:
     cosine, in units of the one that the step had with its own hypergradient: an optimizer such as Adam takes no step
     along it. A value that ``g`` does not touch has no part in it, and each is compared by its own last update: with
     minibatches the weight of a training sample is touched once an epoch. A step that promises too large a decrease of
-    the ul loss is shortened: the linear model that a hypergradient is does not reach that far.
+    the ul loss is shortened: the linear model that a hypergradient is does not reach that far. And where steps promise
+    and the ul loss does not fall, the rate shrinks.
 
     Parameters
     ----------
@@ -55,6 +65,11 @@ class UlRate:
     factor : float
         What the rates are multiplied by so far.
 
+    Raises
+    ------
+    InvalidValueError
+        If the rate is to adapt, and the optimizer has none.
+
     References
     ----------
     Baydin et al., Online learning rate adaptation with hypergradient descent, ICLR 2018, with a multiplicative rule as
@@ -63,17 +78,24 @@ class UlRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], adapts: bool) -> None:
         self._optimizer, self._params, self._adapts = optimizer, params, adapts
-        self._starts = [group["lr"] for group in optimizer.param_groups]
+        self._starts = [group.get("lr", math.nan) for group in optimizer.param_groups]
+        if adapts and any(map(math.isnan, self._starts)):
+            raise InvalidValueError(
+                f"`ul_optimizer` must make an optimizer whose groups have an `lr`, got {type(optimizer).__name__} "
+                "without: its rate cannot be adapted. Take adapt_ul_learning_rate=False, or another optimizer."
+            )
         self.factor = 1.0
         self._last: list[Tensor] | None = None  # the latest update of each ul value
         self._own = 0.0  # how the last step agreed with its own hypergradient
         self._agreement = _Smoothed(_SMOOTHING)
         self._loss, self._gain, self._size = (_Smoothed(_MEMORY) for _ in range(3))
         self._highest, self._lowest, self._largest_gain = -math.inf, math.inf, 0.0
+        self._losses: list[float] = []  # of the last steps, and what those have promised
+        self._promises: list[float] = []
 
     @property
     def value(self) -> float:
-        """The rate of the first parameter group."""
+        """The rate of the first parameter group; NaN where the optimizer has none."""
         return float(self._starts[0]) * self.factor
 
     def step(self, ul_loss: float, project: Callable[[], object] | None = None) -> list[Tensor]:
@@ -89,7 +111,12 @@ class UlRate:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         if self._adapts:
             self._clip(gradients)
-            self._follow(gradients)
+            self._losses = [*self._losses, ul_loss][-2 * _WINDOW :]
+            if self._delivers():
+                self._follow(gradients)
+            else:
+                self.factor /= MOST_GROWTH
+                self._set()
         before = [param.detach().clone() for param in self._params]
         self._optimizer.step()
         with torch.no_grad():
@@ -124,6 +151,17 @@ class UlRate:
                 self.factor *= MOST_GROWTH ** (agreement * (self._pays() if agreement > 0 else 1.0))
         self._set()
 
+    def _delivers(self) -> bool:
+        """Return whether the ul loss falls by a part of what the last steps promised, or noise may hide it."""
+        if len(self._losses) < 2 * _WINDOW:
+            return True
+        before, after = self._losses[:_WINDOW], self._losses[_WINDOW:]
+        seen = (math.fsum(before) - math.fsum(after)) / _WINDOW
+        promised = math.fsum(self._promises) / len(self._promises) * _WINDOW
+        squares = [(a - b) ** 2 / 2 for a, b in pairwise(self._losses)]
+        noise = math.sqrt(2 * math.fsum(squares) / len(squares) / _WINDOW)
+        return seen + _HIDDEN * noise >= _DELIVERED * promised
+
     def _pays(self) -> float:
         """Return from 0 to 1 how much the last steps promised, in units of what is worth to grow for."""
         worth = _PAYS * self._largest_gain
@@ -147,6 +185,7 @@ class UlRate:
     def _remember(self, gradients: list[Tensor], moved: list[Tensor]) -> None:
         before = self._last or [torch.zeros_like(m) for m in moved]
         self._last = [torch.where(g != 0, m, old) for g, m, old in zip(gradients, moved, before, strict=True)]
+        self._promises = [*self._promises, -_inner(gradients, moved)][1 - 2 * _WINDOW :]
         touched = [m * (g != 0) for g, m in zip(gradients, moved, strict=True)]
         self._own = _agreement(gradients, touched) or 0.0
 
@@ -179,7 +218,7 @@ class UlRate:
 
 # What a rate remembers besides the latest updates.
 _SMOOTHED = ("agreement", "loss", "gain", "size")
-_NUMBERS = ("own", "highest", "lowest", "largest_gain")
+_NUMBERS = ("own", "highest", "lowest", "largest_gain", "losses", "promises")
 
 
 class _Smoothed:

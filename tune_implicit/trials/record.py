@@ -40,7 +40,7 @@ COUNTERS = (
 )
 
 # How a trainer learns, by the names of its attributes.
-LEARNING = ("ul_rate", "ul_moved", "ll_lag")
+LEARNING = ("ul_rate", "ul_moved", "ul_scale", "ll_lag")
 
 STATE = (
     "start_loss",
@@ -49,6 +49,7 @@ STATE = (
     "last_value",
     "completed",
     "ended_by",
+    "divergence",
     "selected_on",
     "troubles",
     "failure",

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.arguments import NON_NEGATIVE, Rule, at_least, check_fields, one_of, ruled
 from tune_implicit.hypergradients.settings import SOLVERS, STEP_SIZE, SolverSettings, relevant
 
@@ -46,7 +45,7 @@ class ImplicitSettings(SolverSettings):
         ll optimizer steps before each ul step. ``"auto"`` takes them until what the ul step before has disturbed has
         settled, as far as the noise between batches lets it be seen; see :class:`Settling`.
     min_ll_steps, max_ll_steps : int, default 10 and 40
-        The least and the most that ``"auto"`` takes.
+        The least and the most that ``"auto"`` takes; the most wins.
     ul_steps : int, default 100
         ul steps in all; a trial is completed after them.
     warmup_ll_steps : int, default 0
@@ -98,16 +97,12 @@ class ImplicitSettings(SolverSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.min_ll_steps > self.max_ll_steps:
-            raise InvalidValueError(
-                f"`min_ll_steps` must be at most `max_ll_steps`, got {self.min_ll_steps} and {self.max_ll_steps}."
-            )
         object.__setattr__(self, "fallback", self.on_failure == "fallback")
 
     @property
     def least_ll_steps(self) -> int:
         """The ll steps that are surely taken before each ul step."""
-        return self.ll_steps if isinstance(self.ll_steps, int) else self.min_ll_steps
+        return self.ll_steps if isinstance(self.ll_steps, int) else min(self.min_ll_steps, self.max_ll_steps)
 
     @property
     def of_a_solve(self) -> dict[str, Any]:

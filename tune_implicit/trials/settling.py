@@ -13,9 +13,11 @@ from tune_implicit.hypergradients.vectors import unflatten
 __all__ = ["Settling"]
 
 # All chosen by benchmarks/defaults.py, one setting for all of its tasks.
-# So many ll steps are looked at together. What is left has settled below this part of what the ul step promised, or
-# where the noise between batches hides it: within so many standard errors of their mean.
+# So many ll steps are looked at together, and of a single one no noise can be told from what is left. That has
+# settled below this part of what the ul step promised, or where the noise between batches hides it: within so many
+# standard errors of their mean.
 WINDOW = 5
+_FEWEST = 2
 _SETTLED = 0.25
 _HIDDEN = 2.0
 
@@ -70,9 +72,10 @@ class Settling:
 
     @property
     def lag(self) -> float:
-        """What is surely left, in units of what the ul step promised; NaN where there was none, or nothing was seen."""
+        """What is surely left, in units of what the ul step promised; NaN where too little was seen, or nothing is."""
         left, noise = self._seen()
-        return math.nan if math.isnan(left) else max(0.0, left - _HIDDEN * noise) / self._promised
+        told = len(self._left) >= _FEWEST
+        return max(0.0, left - _HIDDEN * noise) / self._promised if told else math.nan
 
     def _seen(self) -> tuple[float, float]:
         """Return what is left on the mean over the last ll steps, and the standard error of that, from differences."""

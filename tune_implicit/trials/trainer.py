@@ -131,7 +131,7 @@ class BilevelTrainer:
 
     def _train_ll_until_settled(self, warmup: int) -> float:
         """Take ll steps until what the last ul step has disturbed has settled; return their mean loss."""
-        least, most = self.settings.min_ll_steps, self.settings.max_ll_steps
+        least, most = self.settings.least_ll_steps, self.settings.max_ll_steps
         total, taken = self.train_ll(warmup + least) * (warmup + least), least
         while taken < most and not self._settling.settled:
             steps = min(WINDOW, most - taken)
@@ -224,6 +224,11 @@ class BilevelTrainer:
         """How far the ul values are from where they started, as the root of their mean square."""
         moved = [param.detach() - start for param, start in zip(self._ul_params, self._ul_start, strict=True)]
         return norm_of(moved).item() / math.sqrt(sum(param.numel() for param in self._ul_params))
+
+    @property
+    def ul_scale(self) -> float:
+        """How large the ul values were where they started, as the root of their mean square."""
+        return norm_of(self._ul_start).item() / math.sqrt(sum(param.numel() for param in self._ul_params))
 
     def _failed(self, hypergradient: Hypergradient) -> None:
         self.skipped_ul_steps += 1

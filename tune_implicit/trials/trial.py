@@ -1,6 +1,7 @@
 """One trial from start to end: config -> problem -> trainer -> records."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -86,7 +87,7 @@ class Trial:
         self.history: list[Record] = []
         self._metric, self._sign = metric, 1 if mode == "min" else -1
         self._start_loss: float | None = None
-        self._diverged = False
+        self._divergence = ""  # what it diverged with after a report that is kept
         # The best report: after how many it came, its record, and copies of both models if it is the one to keep.
         self._best: dict[str, Any] | None = None
         self._config = TrackedConfig(config)
@@ -100,7 +101,7 @@ class Trial:
     @property
     def ended_by(self) -> str:
         """What completed the trial: its ``"steps"``, its ``"patience"``, ``"divergence"``; empty while it goes on."""
-        if self._diverged:
+        if self._divergence:
             return "divergence"
         if self.history and self.history[-1]["ul_step"] >= self.settings.ul_steps:
             return "steps"
@@ -117,7 +118,10 @@ class Trial:
     def record(self) -> Record:
         """The last record; of a completed trial, the losses and metrics are those of the report that is kept."""
         last = {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
-        return last | (self._kept_losses() if self.completed else {})
+        if self._divergence:
+            last |= {name: getattr(self.trainer, name) for name in COUNTERS}
+        # Anew: what has been loaded may end a trial with this one's settings.
+        return last | (self._kept_losses() if self.completed else {}) | self._ending()
 
     def advance(self) -> Record:
         """Take the ul steps up to the next report, and return its record of flat scalars.
@@ -128,7 +132,7 @@ class Trial:
             ``train_loss`` and ``validate_loss``, means over the steps taken; ``select_loss`` and the user's metrics,
             over the split that trials are compared on; the last hypergradient's certificate; counters and costs; how it
             learns. Where the trial diverges after a report, and the best one is kept, that is the record of a completed
-            trial.
+            trial; of one that has come to its end, it is its last.
 
         Raises
         ------
@@ -139,14 +143,16 @@ class Trial:
         InvalidValueError
             On the first call, if the config has a key that no one reads.
         """
+        if self.completed:
+            return self.record
         if self._start_loss is None:
             self._start_loss = self._selected({"ul_objective": self.problem.ul_objective})["ul_objective"]
         try:
             record = self._measured()
-        except DivergedError:
+        except DivergedError as error:
             if self._best is None or self.settings.keep != "best":
                 raise
-            self._diverged = True
+            self._divergence = str(error)
             self.history[-1] |= self._ending()
             return self.record
         self.check_config()
@@ -179,6 +185,7 @@ class Trial:
         if not isinstance(value, Real):
             return  # the search says that there is no such metric
         if self._best is None or self._sign * value < self._sign * self._best["record"][self._metric]:
+            self._best = None  # or there would be a third copy of both models for a moment
             models = copy.deepcopy(self._models()) if self.settings.keep == "best" else None
             self._best = {"report": len(self.history), "record": record, "models": models}
 
@@ -203,6 +210,7 @@ class Trial:
             "kept_ul_step": kept["ul_step"],
             "completed": self.completed,
             "ended_by": self.ended_by,
+            "divergence": self._divergence or None,
         }
         ending = finite({name: value for name, value in ending.items() if value is not None})
         return ending | {"troubles": " ".join(troubles_of(last | self._kept_losses() | ending))}
@@ -275,7 +283,8 @@ class Trial:
             "kept": kept,
             "best": self._best,
             "start_loss": self._start_loss,
-            "diverged": self._diverged,
+            "divergence": self._divergence,
+            "settings": dataclasses.asdict(self.settings),
         }
         write_checkpoint(path, state)
 
@@ -290,7 +299,9 @@ class Trial:
         state = read_checkpoint(path)
         self.trainer.load_state_dict(state["trainer"])
         self.history = state["history"]
-        self._start_loss, self._diverged, self._best = (state[name] for name in ("start_loss", "diverged", "best"))
+        self._start_loss, self._best = state["start_loss"], state["best"]
+        # What another's settings have led to is not this trial's end.
+        self._divergence = state["divergence"] if state["settings"] == dataclasses.asdict(self.settings) else ""
         if self.settings.keep == "best" and self._best is not None and self._best["models"] is None:
             self._best = None  # its trial kept the last report
 

@@ -1,5 +1,6 @@
 """What a trial's last record says of whether it learned."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ __all__ = ["TROUBLES", "TroubleTeller", "sentences", "troubles_of"]
 _SKIPPED = 0.2
 _LAGGING = 0.8
 
-# The root of the mean square by which ul values move that hardly move, and that run away.
+# Ul values that move by less than the one part of their scale hardly move, and by more than the other run away. Their
+# scale is the root of the mean square with which they started: at most 1 for the one, at least 1 for the other.
 _HARDLY = 1e-3
 _AWAY = 30.0
 
@@ -46,11 +48,16 @@ TROUBLES = {
         lambda record: record["skipped_ul_steps"] > _SKIPPED * record["ul_step"],
         lambda record: (
             f"{record['skipped_ul_steps']} of {record['ul_step']} ul steps were skipped, as their solves failed (the "
-            f'last ended as {record.get("solver_status")}): take on_failure="fallback", solver="minres", or `damping`.'
+            f"last ended as {record.get('solver_status')}): "
+            + (
+                "bound the ul values by `project`, or take a smaller `ul_learning_rate`."
+                if record.get("solver_status") == "non_finite"
+                else 'take on_failure="fallback", solver="minres", or `damping`.'
+            )
         ),
     ),
     "unmoved": Trouble(
-        lambda record: "ul_rate" in record and record["ul_moved"] < _HARDLY and _taken(record) > 0,
+        lambda record: _moved(record) < _HARDLY * min(1.0, _scale(record)) and _taken(record) > 0,
         lambda record: (
             f"The ul values hardly moved, by {record['ul_moved']:.1g} (root mean square) in {record['ul_step']} ul "
             f"steps, at a rate of {record['ul_rate']:.1g} in the end: take a larger `ul_learning_rate`, or more "
@@ -59,9 +66,9 @@ TROUBLES = {
         at_end=True,
     ),
     "ran-away": Trouble(
-        lambda record: "ul_rate" in record and record["ul_moved"] > _AWAY,
+        lambda record: "ul_rate" in record and _moved(record) > _AWAY * max(1.0, _scale(record)),
         lambda record: (
-            f"The ul values ran away, by {record['ul_moved']:.3g} (root mean square), at a rate of "
+            f"The ul values ran away, by {_moved(record):.3g} (root mean square), at a rate of "
             f"{record['ul_rate']:.1g} in the end: take a smaller `ul_learning_rate`, adapt_ul_learning_rate=False, or "
             "bound them by `project`."
         ),
@@ -78,8 +85,8 @@ TROUBLES = {
     "diverged": Trouble(
         lambda record: record["ended_by"] == "divergence",
         lambda record: (
-            f"The trial diverged after ul step {record['kept_ul_step']}, up to which it is kept: take a smaller "
-            "`ll_learning_rate` or `ul_learning_rate`, or bound the ul values by `project`."
+            f"The trial diverged after ul step {record['kept_ul_step']}, whose report is kept. {record['divergence']} "
+            "Take a smaller `ll_learning_rate` or `ul_learning_rate`, or bound the ul values by `project`."
         ),
     ),
     "lagging": Trouble(
@@ -91,6 +98,16 @@ TROUBLES = {
         ),
     ),
 }
+
+
+def _moved(record: Record) -> float:
+    """Return how far the ul values have moved; infinitely far where that is no number, as no record holds it then."""
+    return float(record.get("ul_moved", math.inf))
+
+
+def _scale(record: Record) -> float:
+    """Return how large the ul values were at first, 1 where they were all zero."""
+    return float(record.get("ul_scale", 1.0)) or 1.0
 
 
 def _taken(record: Record) -> int:
