@@ -527,4 +527,4 @@ def test_donor_past_ones_own_end_completes_the_trial(tmp_path: Path) -> None:
 def test_what_a_trial_diverged_with_is_told() -> None:
     record = finish(scored(1.0, math.nan))
     assert record["divergence"] == "`score` became nan by ul step 2."
-    assert (record["ul_step"], record["kept_ul_step"]) == (2, 1)
+    assert (record["ul_step"], record["ll_step"], record["kept_ul_step"]) == (1, 4, 1)  # its work up to there counts

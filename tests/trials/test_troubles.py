@@ -114,7 +114,7 @@ def test_trial_that_diverges_after_a_report() -> None:
     trial.advance()
     trial.problem.ll_model.weight.data.fill_(math.nan)
     assert told(trial.advance()) == ["diverged"]
-    assert "after ul step 2, whose report is kept. The ll loss became nan" in sentences(trial.record)["diverged"]
+    assert "its report of ul step 2 is kept. The ll loss became nan" in sentences(trial.record)["diverged"]
 
 
 def test_trial_that_fails() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.certificate import Hypergradient
 
-__all__ = ["COUNTERS", "LEARNING", "LOSSES", "RESERVED", "Record", "certificate", "check_metric", "finite"]
+__all__ = ["COSTS", "COUNTERS", "LEARNING", "LOSSES", "RESERVED", "Record", "certificate", "check_metric", "finite"]
 
 Record = dict[str, Any]
 
@@ -38,6 +38,9 @@ COUNTERS = (
     "hvps",
     "gradient_evaluations",
 )
+
+# Those that tell of its work.
+COSTS = ("ll_step", "hvps", "gradient_evaluations")
 
 # How a trainer learns, by the names of its attributes.
 LEARNING = ("ul_rate", "ul_moved", "ul_scale", "ll_lag")

@@ -17,7 +17,7 @@ from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
 from tune_implicit.trials.evaluation import evaluate
 from tune_implicit.trials.problem import BilevelProblem, Metric
-from tune_implicit.trials.record import COUNTERS, LEARNING, LOSSES, Record, certificate, check_metric, finite
+from tune_implicit.trials.record import COSTS, COUNTERS, LEARNING, LOSSES, Record, certificate, check_metric, finite
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer, Step
 from tune_implicit.trials.troubles import troubles_of
@@ -118,8 +118,8 @@ class Trial:
     def record(self) -> Record:
         """The last record; of a completed trial, the losses and metrics are those of the report that is kept."""
         last = {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
-        if self._divergence:
-            last |= {name: getattr(self.trainer, name) for name in COUNTERS}
+        if self._divergence:  # what it has cost since then
+            last |= {name: getattr(self.trainer, name) for name in COSTS}
         # Anew: what has been loaded may end a trial with this one's settings.
         return last | (self._kept_losses() if self.completed else {}) | self._ending()
 
@@ -176,7 +176,8 @@ class Trial:
         record = self._losses(steps)
         for name, value in record.items():
             if not math.isfinite(value):
-                raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.")
+                way_out = " Try a smaller `ll_learning_rate` or `ul_learning_rate`." if name in LOSSES else ""
+                raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.{way_out}")
         return record | certificate(steps[-1].hypergradient) | self._learning() | self._counters()
 
     def _keep(self, record: Record) -> None:

@@ -85,8 +85,7 @@ TROUBLES = {
     "diverged": Trouble(
         lambda record: record["ended_by"] == "divergence",
         lambda record: (
-            f"The trial diverged after ul step {record['kept_ul_step']}, whose report is kept. {record['divergence']} "
-            "Take a smaller `ll_learning_rate` or `ul_learning_rate`, or bound the ul values by `project`."
+            f"The trial diverged, and its report of ul step {record['kept_ul_step']} is kept. {record['divergence']}"
         ),
     ),
     "lagging": Trouble(

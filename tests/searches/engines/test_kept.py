@@ -109,7 +109,7 @@ class TestSearch:
         assert trial.value == in_study(found, LATE).value == min(losses)
         assert trial.failure is None
         step = trial.metrics["kept_ul_step"]
-        assert trial.troubles["diverged"].startswith(f"The trial diverged after ul step {step}, up to which it is kept")
+        assert trial.troubles["diverged"].startswith(f"The trial diverged, and its report of ul step {step} is kept. ")
         assert found.troubles["diverged"] == [LATE]
 
     def test_a_trial_that_diverged_and_would_keep_its_last_report_fails(self, found: SearchResult) -> None:
@@ -136,9 +136,11 @@ class TestSearch:
             assert trial.metrics[name] == kept[name]
         assert trial.metrics["kept_value"] == trial.value
         assert trial.metrics["last_value"] == measured(trial)[-1]
-        # What it cost and where it came to is told of all of it.
-        for name in ("ul_step", "ll_step", "hvps", "gradient_evaluations"):
-            assert trial.metrics[name] == trial.history[-1][name]
+        # Where it came to and what it cost is told of all of it, of one that diverged since its last report as well.
+        assert trial.metrics["ul_step"] == trial.history[-1]["ul_step"]
+        for name in ("ll_step", "hvps", "gradient_evaluations"):
+            since = trial.metrics[name] - trial.history[-1][name]
+            assert (since > 0) == (trial.metrics["ended_by"] == "divergence")
 
     def test_what_was_measured_is_reported_at_its_step_and_the_kept_value_is_not(self, found: SearchResult) -> None:
         # A study of it shows how the trial went, whatever is kept of it.
