@@ -310,6 +310,11 @@ def draw(results: Results, seconds: float, path: Path) -> None:
             axes.plot(times, middle, color=color, label=name)
             axes.fill_between(times, low, high, color=color, alpha=0.2, linewidth=0)
         axes.set(title=task, xscale="log", yscale="log", xlabel="CPU seconds", ylabel="best select loss")
+        ticks = [tick for tick in (1, 3, 10, 30, 100, 300) if tick < 0.9 * seconds] + [seconds]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.xaxis.set_minor_formatter("")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend(frameon=False, fontsize=8)
     for axes in grid[len(results) :]:
         axes.remove()
