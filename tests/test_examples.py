@@ -30,13 +30,14 @@ def test_ridge(capsys: pytest.CaptureFixture[str]):
     assert learned < shared
 
 
+# What a search picks at random need not learn, least of all in a few ul steps.
+unlearned = pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
+
+
+@unlearned
 def test_optuna_study():
     study = importlib.import_module("optuna_study").main(n_trials=3)
     assert study.best_trial.user_attrs["metrics"]["accuracy"] > 0.9
-
-
-# What a search picks at random need not learn, least of all in a few ul steps.
-unlearned = pytest.mark.filterwarnings("ignore:.* did not learn as .* should:tune_implicit.LearningWarning")
 
 
 @unlearned

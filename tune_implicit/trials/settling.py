@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.vectors import unflatten
 
-__all__ = ["Settling"]
+__all__ = ["WINDOW", "Settling", "promised"]
 
 # All chosen by benchmarks/defaults.py, one setting for all of its tasks.
 # So many ll steps are looked at together, and of a single one no noise can be told from what is left. That has
@@ -96,3 +97,20 @@ class Settling:
         v = state["v"]
         fits = v is not None and len(v) == sum(param.numel() for param in self._params)
         self._v, self._promised, self._left = v.to(device) if fits else None, state["promised"], []
+
+
+def promised(hypergradient: Hypergradient, moved: Sequence[Tensor]) -> float:
+    """Return the decrease of the ul loss that a ul step promises by way of the ll weights.
+
+    Parameters
+    ----------
+    hypergradient : Hypergradient
+        That of the step.
+    moved : sequence of Tensor
+        By how much each ul value has moved in it, in the order of the hypergradient's.
+    """
+    total = 0.0
+    for (name, gradient), by in zip(hypergradient.gradients.items(), moved, strict=True):
+        implicit = gradient - hypergradient.direct[name] if name in hypergradient.direct else gradient
+        total -= (implicit * by).sum(dtype=torch.float64).item()
+    return total

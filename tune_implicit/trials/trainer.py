@@ -19,7 +19,7 @@ from tune_implicit.trials.problem import BilevelProblem, OptimizerFactory
 from tune_implicit.trials.rate import UlRate
 from tune_implicit.trials.record import COUNTERS
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.settling import WINDOW, Settling
+from tune_implicit.trials.settling import WINDOW, Settling, promised
 from tune_implicit.trials.splits import BatchStream, move
 
 __all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
@@ -188,21 +188,11 @@ class BilevelTrainer:
             self.fallback_ul_steps += len(hypergradient.attempts) > 1
             project = None if self.problem.project is None else partial(self.problem.project, self.problem.ul_model)
             moved = self._rate.step(hypergradient.ul_loss, project)
-            self._settling.begin(hypergradient.v, self._promised(hypergradient, moved))
+            self._settling.begin(hypergradient.v, promised(hypergradient, moved))
         else:
             self._settling.begin(None, 0.0)
             self._failed(hypergradient)
         return hypergradient
-
-    def _promised(self, hypergradient: Hypergradient, moved: list[Tensor]) -> float:
-        """Return the decrease of the ul loss by way of the ll weights that a ul step promises."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, by in zip(named_trainable(self.problem.ul_model), moved, strict=True):
-            implicit = hypergradient.gradients[name]
-            if name in hypergradient.direct:
-                implicit = implicit - hypergradient.direct[name]
-            total -= (implicit * by).sum(dtype=torch.float64)
-        return total.item()
 
     def _count(self, hvps: int) -> None:
         """Take in what a hypergradient has cost."""
@@ -223,12 +213,12 @@ class BilevelTrainer:
     def ul_moved(self) -> float:
         """How far the ul values are from where they started, as the root of their mean square."""
         moved = [param.detach() - start for param, start in zip(self._ul_params, self._ul_start, strict=True)]
-        return norm_of(moved).item() / math.sqrt(sum(param.numel() for param in self._ul_params))
+        return _size(moved)
 
     @property
     def ul_scale(self) -> float:
         """How large the ul values were where they started, as the root of their mean square."""
-        return norm_of(self._ul_start).item() / math.sqrt(sum(param.numel() for param in self._ul_params))
+        return _size(self._ul_start)
 
     def _failed(self, hypergradient: Hypergradient) -> None:
         self.skipped_ul_steps += 1
@@ -328,6 +318,11 @@ class BilevelTrainer:
         self._train.load_state_dict(state["data"]["train"])
         self._validate.load_state_dict(state["data"]["validate"])
         set_rng_state(state["rng"])
+
+
+def _size(values: list[Tensor]) -> float:
+    """Return the root of the mean square of all entries."""
+    return norm_of(values).item() / math.sqrt(sum(value.numel() for value in values))
 
 
 def _make_optimizer(factory: OptimizerFactory, params: list[Any], learning_rate: float) -> torch.optim.Optimizer:
