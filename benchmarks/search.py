@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
-from tasks import TASKS, Box, Task
+from tasks import TASKS, Task
 from torch import Tensor
 
 from tune_implicit import BilevelProblem, ImplicitObjective, LearningWarning, State, recommended_space
@@ -153,7 +153,7 @@ def searches(task: Task, seed: int, folder: Path) -> dict[str, Search]:
             task,
             seed,
             recommended | task.space,
-            lambda config, _: _read(config, task.space),
+            lambda config, _: {name: config[name] for name in task.space},
             {},
             TPESampler(seed=seed),
             folder,
@@ -166,16 +166,8 @@ def searches(task: Task, seed: int, folder: Path) -> dict[str, Search]:
             if sampler is not None:
                 label = f"{kind}, {name}" if len(task.boxes) > 1 else kind
                 off = {"ul_learning_rate": 0.0}
-                made[label] = Search(task, seed, space, _values(box), off, sampler, folder)
+                made[label] = Search(task, seed, space, box.values, off, sampler, folder)
     return made
-
-
-def _values(box: Box) -> Callable[[Mapping[str, Any], int], Mapping[str, Any]]:
-    return box.values
-
-
-def _read(config: Mapping[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in space}
 
 
 def compete(task: Task, seed: int, names: list[str] | None, seconds: float) -> dict[str, dict[str, Any]]:

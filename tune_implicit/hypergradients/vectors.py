@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["flatten", "norm_of", "unflatten"]
+__all__ = ["flatten", "inner", "norm_of", "unflatten"]
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -28,6 +28,12 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if all(tensor.dtype is vector.dtype for tensor in like):
         return tuple(shaped)
     return tuple(piece.to(tensor.dtype) for piece, tensor in zip(shaped, like, strict=True))
+
+
+def inner(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return the inner product over all entries as a float64 scalar tensor, accumulated in float64."""
+    terms = [(one * other).sum(dtype=torch.float64) for one, other in zip(ones, others, strict=True)]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -132,21 +132,23 @@ def search(
         work = Work(problem, space, data, settings, metric, mode, folder)
         # A search that is killed leaves this one, and a report can be made of it.
         SearchResult.write(folder, ledger.summary(backend, metric, mode))
+        missing = ledger.missing
         try:
-            if ledger.missing:
+            if missing:
                 engine: Engine = OptunaEngine(work)
                 if backend == "ray":
                     from tune_implicit.searches.engines.ray_tune.tuner import RayEngine
 
                     engine = RayEngine(work, scheduler, max_concurrent_trials, cpus_per_trial, gpus_per_trial)
-                engine.run(study, ledger.missing, time_budget_s, ledger.update)
+                engine.run(study, missing, time_budget_s, ledger.update)
         except KeyboardInterrupt:
             pass
         finally:
             end_running(study)
             ledger.update()
     result = SearchResult.write(folder, ledger.summary(backend, metric, mode))
-    _tell_troubles(study, result)
+    if missing:
+        _tell_troubles(study, result)
     return result
 
 

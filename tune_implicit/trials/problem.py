@@ -14,7 +14,7 @@ from tune_implicit.hypergradients.state import Batch, Objective, State, check_mo
 from tune_implicit.trials.record import RESERVED
 from tune_implicit.trials.splits import check_split
 
-__all__ = ["NO_SELECT_DATA", "BilevelProblem", "Metric", "OptimizerFactory"]
+__all__ = ["NO_SELECT_DATA", "BilevelProblem", "Metric", "OptimizerFactory", "quick_adam"]
 
 Metric = Callable[[State], Tensor | float]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.vectors import inner, norm_of
 
 __all__ = ["MOST_GROWTH", "UlRate"]
 
@@ -131,7 +132,7 @@ class UlRate:
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """Shorten a hypergradient that is far longer than those before it, in place."""
-        size = math.sqrt(_inner(gradients, gradients))
+        size = norm_of(gradients).item()
         if not 0 < size < math.inf:
             return
         most = _OUTLIER * math.exp(self._size.value) if self._size.state[1] else size
@@ -172,7 +173,7 @@ class UlRate:
         loss = self._loss.add(ul_loss)
         self._highest, self._lowest = max(self._highest, loss), min(self._lowest, loss)
         moved = _differences(self._params, before)
-        predicted = -_inner(gradients, moved)
+        predicted = -inner(gradients, moved).item()
         self._largest_gain = max(self._largest_gain, self._gain.add(predicted / self.factor))
         trusted = _TRUST * max(abs(loss), _FALLEN * (self._highest - self._lowest))
         if predicted > trusted > 0:
@@ -185,7 +186,7 @@ class UlRate:
     def _remember(self, gradients: list[Tensor], moved: list[Tensor]) -> None:
         before = self._last or [torch.zeros_like(m) for m in moved]
         self._last = [torch.where(g != 0, m, old) for g, m, old in zip(gradients, moved, before, strict=True)]
-        self._promises = [*self._promises, -_inner(gradients, moved)][1 - 2 * _WINDOW :]
+        self._promises = [*self._promises, -inner(gradients, moved).item()][1 - 2 * _WINDOW :]
         touched = [m * (g != 0) for g, m in zip(gradients, moved, strict=True)]
         self._own = _agreement(gradients, touched) or 0.0
 
@@ -248,10 +249,5 @@ def _differences(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Ten
 
 def _agreement(gradients: Sequence[Tensor], moved: Sequence[Tensor]) -> float | None:
     """Return the cosine between a move and the descent direction ``-g``, ``None`` where there is none."""
-    size = math.sqrt(_inner(gradients, gradients) * _inner(moved, moved))
-    return -_inner(gradients, moved) / size if 0 < size < math.inf else None
-
-
-def _inner(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Return the inner product over all entries, summed in float64."""
-    return float(sum((one * other).sum(dtype=torch.float64) for one, other in zip(ones, others, strict=True)))
+    size = norm_of(gradients).item() * norm_of(moved).item()
+    return -inner(gradients, moved).item() / size if 0 < size < math.inf else None

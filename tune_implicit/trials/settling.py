@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_implicit.hypergradients.certificate import Hypergradient
-from tune_implicit.hypergradients.vectors import unflatten
+from tune_implicit.hypergradients.vectors import inner, unflatten
 
 __all__ = ["WINDOW", "Settling", "promised"]
 
@@ -61,9 +61,9 @@ class Settling:
         if self._v is None:
             return
         pieces = zip(self._params, unflatten(self._v, self._params), strict=True)
-        terms = [(p.grad * piece).sum(dtype=torch.float64) for p, piece in pieces if p.grad is not None]
+        terms = [(param.grad, piece) for param, piece in pieces if param.grad is not None]
         if terms:
-            self._left.append(torch.stack(terms).sum())
+            self._left.append(inner(*zip(*terms, strict=True)))
 
     @property
     def settled(self) -> bool:
@@ -109,8 +109,6 @@ def promised(hypergradient: Hypergradient, moved: Sequence[Tensor]) -> float:
     moved : sequence of Tensor
         By how much each ul value has moved in it, in the order of the hypergradient's.
     """
-    total = 0.0
-    for (name, gradient), by in zip(hypergradient.gradients.items(), moved, strict=True):
-        implicit = gradient - hypergradient.direct[name] if name in hypergradient.direct else gradient
-        total -= (implicit * by).sum(dtype=torch.float64).item()
-    return total
+    direct = hypergradient.direct
+    implicit = [g - direct[name] if name in direct else g for name, g in hypergradient.gradients.items()]
+    return -inner(implicit, moved).item()

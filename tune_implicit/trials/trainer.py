@@ -65,7 +65,7 @@ class BilevelTrainer:
     skipped_ul_steps : int
         ul steps not taken because their solve failed.
     fallback_ul_steps : int
-        ul steps whose first solver failed, and another answered.
+        ul steps whose first solver failed, or gave a doubtful answer, so that another was asked.
     lagging_ul_steps : int
         ul steps before which :attr:`ll_lag` was above 1.
     hvps : int

@@ -140,6 +140,7 @@ class ImplicitObjective:
             raised = "" if isinstance(error, KeyboardInterrupt) else f" It raised {type(error).__name__}: {error}"
             write_failure(optuna_trial, replace(CUT_OFF, failure=f"{CUT_OFF.failure}{raised}"))
             raise
+        self._troubles.tell(record, f"Trial {optuna_trial.number}")  # all of it is saved, should that be an error
         if outcome.state is TrialState.FAIL:
             return math.nan
         if outcome.state is TrialState.PRUNED:
@@ -158,7 +159,6 @@ class ImplicitObjective:
         except TRIAL_FAILURES as error:
             record = trial.failure_record(str(error))
         outcome = outcome_of(record, self.metric)
-        self._troubles.tell(record, f"Trial {optuna_trial.number}")
         self.save(trial, optuna_trial)
         return record, outcome
 
