@@ -187,10 +187,7 @@ def _load_task(path: Path) -> ModuleType:
     if not hasattr(module, "space"):
         from tune_implicit.searches.space import recommended_space
 
-        settings = getattr(module, "settings", None) or {}
-        fixed = {*settings, *(["min_ll_steps"] if isinstance(settings.get("ll_steps"), int) else [])}
-        space = {name: values for name, values in recommended_space().items() if name not in fixed}
-        module.__dict__["space"] = space
+        module.__dict__["space"] = recommended_space(getattr(module, "settings", None))
     return module
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from tests.support.broken import Again, Broken, seen_by, wrong
 from tests.support.working import SETTINGS, ll_objective, split, working
 from tune_implicit import State
 from tune_implicit.checks.budget import Budget
+from tune_implicit.checks.check import check
 from tune_implicit.checks.data import look_at_data
 from tune_implicit.checks.findings import CheckReport, Level
 from tune_implicit.checks.fixed import FixedProblem
@@ -119,3 +121,12 @@ def test_in_little_time_a_split_is_not_read_to_its_end() -> None:
     look_at_data(fixed, report)
     assert endless.read == 1
     assert "What `train_data` holds after batch 1: not looked at for lack of time" in report.findings[0].message
+
+
+def test_a_mistake_of_ours_is_not_taken_for_data_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = working()
+    (x, y), *_ = made.train_data
+    problem = replace(made, train_data=[(torch.full_like(x, math.nan), y)])
+    monkeypatch.setattr(FixedProblem, "value", lambda *_: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        check(problem)

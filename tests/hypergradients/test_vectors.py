@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tune_implicit.hypergradients.vectors import flatten, norm_of, unflatten
+from tune_implicit.hypergradients.vectors import flatten, inner, norm_of, unflatten
 
 F64 = torch.float64
 
@@ -41,3 +41,11 @@ def test_norm_is_over_all_entries_and_no_square_overflows(count: int) -> None:
     got = norm_of([torch.tensor([[3e30, 4e30]])] * count)
     assert got.dtype == F64
     assert got.item() == pytest.approx(5e30 * count**0.5)
+
+
+def test_inner_product_over_all_entries_is_accumulated_in_float64() -> None:
+    ones = [torch.full((1000, 100), 1 + 2.0**-12), torch.ones(())]
+    got = inner(ones, ones)
+    assert (got.dtype, got.shape) == (torch.float64, ())
+    assert got.item() == pytest.approx(1e5 * (1 + 2.0**-12) ** 2 + 1, rel=1e-7)
+    assert inner(ones[1:], ones[1:]).item() == 1

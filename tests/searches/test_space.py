@@ -129,6 +129,12 @@ def test_both_ends_of_the_recommended_space_are_settings(end: str) -> None:
         assert ImplicitSettings.from_config({**ends, "solver": solver}).ul_steps == ends["ul_steps"]
 
 
+def test_the_recommended_space_leaves_out_what_is_fixed() -> None:
+    fixed = {"solver": "minres", "ll_steps": 3, "width": 8}
+    assert set(recommended_space()) - set(recommended_space(fixed)) == {"solver", "min_ll_steps"}
+    assert set(recommended_space({"ll_steps": "auto"})) == set(recommended_space())
+
+
 def test_the_recommended_space_is_ones_own_to_change() -> None:
     recommended_space().clear()
     assert recommended_space()

@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 
 from tune_implicit.checks.findings import CheckReport
-from tune_implicit.checks.fixed import FixedProblem
+from tune_implicit.checks.fixed import FixedProblem, raised_by
 from tune_implicit.errors import TuneImplicitError
 from tune_implicit.hypergradients.state import Batch, tensors_of
 from tune_implicit.trials.problem import NO_SELECT_DATA
@@ -111,7 +111,11 @@ def _is_finite(fixed: FixedProblem, level: str, batch: Batch) -> bool:
     try:
         loss = fixed.value(level, move(batch, params[0].device))
         gradient = fixed.gradient(level, params, move(batch, params[0].device))
-    except Exception:  # noqa: BLE001 - whatever the objective makes of no numbers, they are what is wrong first
+    except Exception as error:
+        # Whatever the objective makes of no numbers, they are what is wrong first; mistakes not its own are not.
+        its_own = raised_by(error) is not None or isinstance(error, TuneImplicitError | RuntimeError)
+        if not its_own or isinstance(error, torch.OutOfMemoryError):
+            raise
         return False
     return bool(torch.tensor(loss).isfinite()) and bool(gradient.isfinite().all())
 

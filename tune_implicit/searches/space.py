@@ -15,11 +15,16 @@ __all__ = ["Space", "call_space", "check_space", "middle_config", "recommended_s
 Space = Mapping[str, BaseDistribution] | Callable[[optuna.Trial], dict[str, Any] | None]
 
 
-def recommended_space() -> dict[str, BaseDistribution]:
+def recommended_space(settings: Mapping[str, Any] | None = None) -> dict[str, BaseDistribution]:
     """Return what to search where nothing is known of a problem.
 
     Add the problem's own settings to it, and where its ul values start: ``recommended_space() | {"log_l2":
     FloatDistribution(-8, 0)}``. A hypergradient points downhill from there, and not always to the lowest place.
+
+    Parameters
+    ----------
+    settings : mapping, optional
+        What is the same in every trial, and so left out; ``min_ll_steps`` as well where ``ll_steps`` is a number.
 
     Returns
     -------
@@ -27,7 +32,7 @@ def recommended_space() -> dict[str, BaseDistribution]:
         ``ll_learning_rate``; ``ul_learning_rate``, the start of the ul rate; ``ul_steps`` and ``min_ll_steps``, how a
         trial is split into ul steps of ll steps; ``solver``, with each of the iterative ones, and its ``k``.
     """
-    return {
+    space: dict[str, BaseDistribution] = {
         "ll_learning_rate": FloatDistribution(1e-3, 1e-1, log=True),
         "ul_learning_rate": FloatDistribution(3e-3, 1e-1, log=True),
         "ul_steps": IntDistribution(50, 200, log=True),
@@ -35,6 +40,10 @@ def recommended_space() -> dict[str, BaseDistribution]:
         "solver": CategoricalDistribution(["minres", "cg", "neumann"]),
         "k": IntDistribution(3, 10, log=True),
     }
+    fixed = dict(settings or {})
+    if isinstance(fixed.get("ll_steps"), int):
+        fixed["min_ll_steps"] = None
+    return {name: distribution for name, distribution in space.items() if name not in fixed}
 
 
 def check_space(space: Space) -> None:
