@@ -38,7 +38,7 @@ from tasks import TASKS, Task
 from tune_implicit import BilevelProblem
 from tune_implicit.errors import DivergedError
 from tune_implicit.trials import rate, settling
-from tune_implicit.trials.problem import OptimizerFactory, quick_adam
+from tune_implicit.trials.optimizers import OptimizerFactory, quick_adam
 from tune_implicit.trials.trial import Trial
 
 CHOSEN = ("L2, d = 16", "L2, d = 1,280", "cleaning", "breast cancer", "wine", "distillation")

@@ -29,6 +29,7 @@ from tune_implicit.hypergradients.solvers.neumann import NeumannSeries
 from tune_implicit.hypergradients.solvers.quasi_newton import QuasiNewton
 from tune_implicit.hypergradients.solvers.solution import Attempt, Solution, Solver, Status
 from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.averaging import Averaging
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attempt",
+    "Averaging",
     "BilevelProblem",
     "BilevelTrainer",
     "CheckReport",

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from tests.support.problems import F64, generator
 from tune_implicit.errors import InvalidValueError
+from tune_implicit.hypergradients.batches import Batch
 from tune_implicit.hypergradients.first_order import FirstDerivatives, coarsest
-from tune_implicit.hypergradients.state import Batch
 
 
 def batches(n: int, size: int = 4) -> list[Batch]:

@@ -36,7 +36,11 @@ def one() -> torch.Tensor:
         ({"validate_data": ()}, ValueError, "`validate_data` must hold at least one batch, got none"),
         ({"select_data": []}, ValueError, "`select_data` must hold at least one batch, got none"),
         ({"train_data": iter([])}, TypeError, "`train_data` must be a re-iterable of .* got list_iterator"),
-        ({"metrics": [len]}, TypeError, r"`metrics` must be a mapping of names to callable\(state\), got list"),
+        (
+            {"metrics": [len]},
+            TypeError,
+            r"`metrics` must be a mapping of .*, or one callable\(states\), got list",
+        ),
         ({"metrics": {"accuracy": 0.5}}, TypeError, r"`metrics\['accuracy'\]` must be callable, got float"),
         ({"metrics": {"ul_step": len, "hvps": len, "mine": len}}, ValueError, "itself reports, got hvps, ul_step"),
     ],

@@ -10,7 +10,7 @@ from tests.support.noisy import assert_same_bits
 from tests.support.problems import F64
 from tests.support.systems import saved_and_loaded
 from tune_implicit.errors import InvalidValueError
-from tune_implicit.trials.problem import OptimizerFactory, quick_adam
+from tune_implicit.trials.optimizers import OptimizerFactory, quick_adam
 from tune_implicit.trials.rate import UlRate
 
 # So large that no step promises much of it.

@@ -12,6 +12,7 @@ from tune_implicit.trials.record import (
     CERTIFICATE,
     COUNTERS,
     LEARNING,
+    LL_RATE,
     LOSSES,
     RESERVED,
     STATE,
@@ -33,7 +34,7 @@ def test_design_names_of_the_metrics_are_reserved() -> None:
 
 
 def test_every_name_of_a_record_is_reserved_and_stands_once() -> None:
-    names = [*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE]
+    names = [*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE, LL_RATE]
     assert len(set(names)) == len(names)
     assert set(names) == RESERVED
 

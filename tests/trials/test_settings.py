@@ -22,7 +22,7 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
     assert [settings.k, settings.ll_steps, settings.seed, settings.rtol, settings.tolerance] == [3, 5, 7, 0.5, 0.0]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        assert type(value) is field.type or field.name in ("step_size", "ll_steps")
+        assert type(value) is field.type or field.name in ("step_size", "ll_steps", "max_ll_gradient_norm")
     assert type(settings.ll_steps) is int
     assert type(ImplicitSettings(step_size=np.float32(0.5)).step_size) is float
     assert type(ImplicitSettings(verify=np.bool_(True)).verify) is bool

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tests.support.problems import generator
+from tune_implicit.hypergradients.batches import moved, tensors_of
 from tune_implicit.hypergradients.rng import get_rng_state, same_rng_state, seed_everything
-from tune_implicit.hypergradients.state import tensors_of
-from tune_implicit.trials.splits import BatchStream, batches_of, check_split, move
+from tune_implicit.trials.splits import BatchStream, batches_of, check_split
 
 X, Y = torch.arange(10), torch.arange(10) + 100
 
@@ -121,10 +121,10 @@ def test_a_state_is_plain_data(tmp_path: Path) -> None:
 def test_tensors_in_any_nesting_are_moved_and_the_rest_is_left() -> None:
     Pair = namedtuple("Pair", "x y")
     nested = {"a": [X, (Y, 3)], "b": None, "c": Pair(X, "text")}
-    moved = move(nested, torch.device("meta"))
-    assert [tensor.device.type for tensor in tensors_of(moved)] == ["meta"] * 3
-    assert (moved["a"][1][1], moved["b"], moved["c"].y) == (3, None, "text")
-    assert move(X, X.device) is X
+    made = moved(nested, torch.device("meta"))
+    assert [tensor.device.type for tensor in tensors_of(made)] == ["meta"] * 3
+    assert (made["a"][1][1], made["b"], made["c"].y) == (3, None, "text")
+    assert moved(X, X.device) is X
 
 
 # ---- messages
@@ -155,7 +155,7 @@ def test_message_of_a_split_that_turns_out_empty() -> None:
 
 @pytest.mark.parametrize("data", [iter([(X, Y)]), zip(X, Y, strict=True), ((x, x) for x in X), 3, None], ids=repr)
 def test_message_of_what_cannot_be_read_twice(data: object) -> None:
-    with pytest.raises(TypeError, match=r"`train_data` must be a re-iterable of .*got .*Pass a list of pairs or a"):
+    with pytest.raises(TypeError, match=r"`train_data` must be a re-iterable of .*got .*Pass a list of batches"):
         check_split("train_data", data)
 
 
@@ -167,17 +167,15 @@ def test_a_split_needs_no_length(kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "got"),
     [
-        ((X, Y), r"a tensor of shape \(10,\)"),  # the batch itself, in place of a list of it
-        (X, r"a tensor of shape \(\)"),
-        ([(X, Y, Y)], "a tuple of 3"),
-        ([[X]], "a list of 1"),
-        ([{"data": X}], "dict"),
-        (["xy"], "str"),
+        ((X, Y), "a tuple of 2 tensors"),  # the batch itself, in place of a list of it
+        ([X, Y, Y], "a list of 3 tensors"),
+        (X, r"a tensor of shape \(10,\)"),
+        ({"data": X}, "a dict of 'data'"),
     ],
 )
-def test_message_of_a_batch_that_is_no_pair(data: Any, got: str) -> None:
-    with pytest.raises(TypeError, match=rf"must yield \(data, target\) pairs, got {got}\. .*pass \[\(data, target\)\]"):
-        list(batches_of("train_data", data))
+def test_message_of_one_batch_in_place_of_several(data: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"`train_data` must be a re-iterable of batches, got {got}\. For one batch"):
+        check_split("train_data", data)
 
 
 # ---- data that draw

@@ -91,14 +91,17 @@ def test_state_of_another_trial_keeps_own_settings() -> None:
     own = replace(CONSTANT, ll_learning_rate=0.002, ul_learning_rate=0.03, k=7, tolerance=1e-3)
     trainer = make_trainer(own, weight_decay=0.01)
     trainer.load_state_dict(donor.state_dict())
-    (ll_group,), (ul_group,) = (optimizer.param_groups for optimizer in trainer._optimizers().values())
+    (ll_group,), (ul_group,) = (one._scheduled.optimizer.param_groups for one in (trainer.levels[0], trainer))
     assert (ll_group["lr"], ll_group["weight_decay"], ul_group["lr"]) == (0.002, 0.01, 0.03)
-    solver = trainer._implicit._inverse_hvp._settings.make_solver()
+    solver = trainer.levels[0]._implicit._inverse_hvp._settings.make_solver()
     assert (solver.k, solver.tolerance, solver.step_size) == (7, 1e-3, 0.002)
     # What it takes over: weights, counters, and the optimizer's memory of past gradients.
     assert_same_bits(trainer.problem.ll_model.state_dict(), donor.problem.ll_model.state_dict())
     assert trainer.ul_step == 1
-    assert_same_bits(trainer._ll_optimizer.state_dict()["state"], donor._ll_optimizer.state_dict()["state"])
+    assert_same_bits(
+        trainer.levels[0]._scheduled.optimizer.state_dict()["state"],
+        donor.levels[0]._scheduled.optimizer.state_dict()["state"],
+    )
     trainer.step()
     assert (ll_group["lr"], ul_group["lr"]) == (0.002, 0.03)
 
@@ -113,10 +116,10 @@ def test_rate_of_another_trial_is_a_factor_of_ones_own() -> None:
     assert factor != pytest.approx(1.0)
     own.load_state_dict(saved_and_loaded(donor.state_dict()))
     assert own.ul_rate == pytest.approx(0.03 * factor)
-    assert own._ul_optimizer.param_groups[0]["lr"] == own.ul_rate
+    assert own._scheduled.optimizer.param_groups[0]["lr"] == own.ul_rate
     assert own.ul_moved == pytest.approx(donor.ul_moved)
     own.step()
-    assert own._ul_optimizer.param_groups[0]["lr"] == own.ul_rate
+    assert own._scheduled.optimizer.param_groups[0]["lr"] == own.ul_rate
 
 
 def test_constant_rate_is_not_changed_by_another_trials() -> None:
@@ -126,15 +129,15 @@ def test_constant_rate_is_not_changed_by_another_trials() -> None:
         donor.step()
     own.load_state_dict(donor.state_dict())
     own.step()
-    assert own.ul_rate == own._ul_optimizer.param_groups[0]["lr"] == 0.03
+    assert own.ul_rate == own._scheduled.optimizer.param_groups[0]["lr"] == 0.03
 
 
 def test_options_that_an_optimizer_changes_itself_survive_a_resume() -> None:
     trainer = make_trainer()
-    trainer._ll_optimizer.param_groups[0]["lr"] = 0.5
+    trainer.levels[0]._scheduled.optimizer.param_groups[0]["lr"] = 0.5
     resumed = make_trainer()
     resumed.load_state_dict(trainer.state_dict())
-    assert resumed._ll_optimizer.param_groups[0]["lr"] == 0.5
+    assert resumed.levels[0]._scheduled.optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_trainer_finds_the_best_ul_values() -> None:
@@ -229,7 +232,7 @@ def test_state_of_other_shapes() -> None:
 def test_batches_are_moved_to_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a second device at hand: every batch passes through the one function that moves it."""
     seen = []
-    monkeypatch.setattr("tune_implicit.trials.trainer.move", lambda nested, device: seen.append(device) or nested)
+    monkeypatch.setattr("tune_implicit.trials.lower_level.moved", lambda nested, device: seen.append(device) or nested)
     make_trainer(SETTINGS).step()
     assert seen == [torch.device("cpu")] * 7
 
@@ -281,9 +284,9 @@ REMEMBERING = {
 
 def test_warm_start_is_the_default() -> None:
     trainer = make_trainer(REMEMBERING["neumann"])
-    assert trainer.state_dict()["implicit"]["v"] is None
+    assert trainer.state_dict()["levels"][0]["implicit"]["v"] is None
     hypergradient = trainer.step().hypergradient
-    assert torch.equal(trainer.state_dict()["implicit"]["v"], hypergradient.v)
+    assert torch.equal(trainer.state_dict()["levels"][0]["implicit"]["v"], hypergradient.v)
     assert hypergradient.hvps == 3
     assert trainer.step().hypergradient.hvps == 3 + 1
 
@@ -317,7 +320,7 @@ def test_state_holds_what_its_solver_learns() -> None:
     }.items():
         trainer = make_trainer(REMEMBERING[name])
         trainer.step()
-        state = trainer.state_dict()["implicit"]
+        state = trainer.state_dict()["levels"][0]["implicit"]
         assert {key: not (isinstance(state[key], Tensor) or state[key]) for key in empty} == empty
 
 
@@ -329,7 +332,7 @@ def test_state_of_another_solver_loads(own: ImplicitSettings, donor: ImplicitSet
         source.step()
     trainer.load_state_dict(saved_and_loaded(source.state_dict()))
     assert not trainer.step().hypergradient.status.failed
-    pairs = trainer.state_dict()["implicit"]["preconditioner"]
+    pairs = trainer.state_dict()["levels"][0]["implicit"]["preconditioner"]
     assert (pairs is not None) == (own.preconditioner_memory > 0)
     if pairs is not None:
         assert len(pairs["s"]) <= own.preconditioner_memory

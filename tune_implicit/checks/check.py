@@ -92,10 +92,12 @@ def check_within(budget: Budget, problem: BilevelProblem, settings: ImplicitSett
     with preserved_rng():
         seed_everything(settings.seed)
         try:
-            fixed = FixedProblem.of(problem, settings, budget)
+            fixed = FixedProblem.of(problem.parts[0], settings, budget)
         except TuneImplicitError as error:
             report.fault("data", str(error))
             return report
+        if len(problem.parts) > 1:
+            report.ok("ll-problems", f"the first of {len(problem.parts)} ll models was looked at, with its splits")
         try:
             _look(fixed, report)
         except StopCheckError:

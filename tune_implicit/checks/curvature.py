@@ -93,9 +93,9 @@ def _solve(fixed: FixedProblem, report: CheckReport) -> None:
 
 
 def _solved(fixed: FixedProblem, fallback: bool) -> Hypergradient:
-    (data, target), changes = fixed.train, {"warm_start": False, "fallback": fallback}
+    changes = {"warm_start": False, "fallback": fallback}
     implicit = fixed.problem.implicit(**fixed.settings.of_a_solve | changes)
-    result = implicit.compute_gradients(*fixed.validate, train_data=data, train_target=target)
+    result = implicit.compute_mean_gradients([fixed.validate], [fixed.train])
     fixed.problem.ul_model.zero_grad()
     return result
 

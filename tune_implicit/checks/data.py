@@ -1,5 +1,6 @@
 """A look at the splits: how much they hold, whether they are three, and whether all their values are numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,9 +9,9 @@ import torch
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem, raised_by
 from tune_implicit.errors import TuneImplicitError
-from tune_implicit.hypergradients.state import Batch, tensors_of
+from tune_implicit.hypergradients.batches import Batch, is_pair, moved, size_of, tensors_of
 from tune_implicit.trials.problem import NO_SELECT_DATA
-from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.trials.splits import batches_of
 
 __all__ = ["look_at_data"]
 
@@ -30,9 +31,9 @@ class _NoNumbers:
     first: int = 0
     batch: Batch | None = None
 
-    def count(self, number: int, batch: Batch, part: int) -> None:
-        """Take in a part, 0 for the data and 1 for the target, of batch ``number``."""
-        for tensor in tensors_of(batch[part]):
+    def count(self, number: int, batch: Batch, part: Batch) -> None:
+        """Take in a part of batch ``number``."""
+        for tensor in tensors_of(part):
             self.values += tensor.numel()
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.isfinite().all():
                 continue
@@ -59,13 +60,12 @@ def look_at_data(fixed: FixedProblem, report: CheckReport) -> None:
             report.warn("no-select-data", NO_SELECT_DATA)
             continue
         sizes[name] = 0
-        counts = [no_numbers.setdefault((name, part), _NoNumbers()) for part in ("data", "target")]
         try:
             for number, batch in enumerate(islice(batches_of(name, data), _MOST_BATCHES), 1):
                 first.setdefault(name, batch)
-                sizes[name] += next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 1)
-                for part, count in enumerate(counts):
-                    count.count(number, batch, part)
+                sizes[name] += size_of(batch) or 1
+                for part, held in _parts_of(batch).items():
+                    no_numbers.setdefault((name, part), _NoNumbers()).count(number, batch, held)
                 if fixed.budget.spent:
                     report.no_time(f"What `{name}` holds after batch {number}")
                     break
@@ -109,8 +109,8 @@ def _is_finite(fixed: FixedProblem, level: str, batch: Batch) -> bool:
     """Return whether a loss and its gradient are finite on a batch."""
     params = fixed.ll_params()
     try:
-        loss = fixed.value(level, move(batch, params[0].device))
-        gradient = fixed.gradient(level, params, move(batch, params[0].device))
+        loss = fixed.value(level, moved(batch, params[0].device))
+        gradient = fixed.gradient(level, params, moved(batch, params[0].device))
     except Exception as error:
         # Whatever the objective makes of no numbers, they are what is wrong first; mistakes not its own are not.
         its_own = raised_by(error) is not None or isinstance(error, TuneImplicitError | RuntimeError)
@@ -135,6 +135,15 @@ def _splits(first: dict[str, Batch], sizes: dict[str, int], report: CheckReport)
             f"`validate_data` holds {sizes['validate_data']} examples and `train_data` {sizes['train_data']}: are "
             "the two swapped?",
         )
+
+
+def _parts_of(batch: Batch) -> dict[str, Batch]:
+    """Return what to tell apart in a batch, by name."""
+    if is_pair(batch):
+        return {"data": batch[0], "target": batch[1]}
+    if isinstance(batch, Mapping):
+        return {f"{key!r}": part for key, part in batch.items()}
+    return {"batch": batch}
 
 
 def _same(one: Batch, other: Batch) -> bool:

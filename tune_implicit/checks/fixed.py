@@ -13,17 +13,17 @@ from torch.autograd import grad
 
 from tune_implicit.checks.budget import Budget
 from tune_implicit.errors import TuneImplicitError
-from tune_implicit.hypergradients.borrowed import map_tensors
+from tune_implicit.hypergradients.batches import Batch, map_tensors, moved
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import named_derivatives, twice_differentiable_kernels
 from tune_implicit.hypergradients.guards.untouched import preserved_buffers, preserved_modes
 from tune_implicit.hypergradients.products import SecondOrder
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
-from tune_implicit.hypergradients.state import Batch, Objective, State, named_trainable
+from tune_implicit.hypergradients.state import Objective, State, named_trainable
 from tune_implicit.hypergradients.vectors import flatten
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.trials.splits import batches_of
 
 __all__ = ["FixedProblem", "raised_by"]
 
@@ -43,7 +43,7 @@ class FixedProblem:
         What a trial is run with.
     origin : BilevelProblem
         The problem as it was given, whose models stay as they are.
-    train, validate : (data, target)
+    train, validate : Batch
         The first batch of each split, on the models' device.
     draw : int
         The seed of what the objectives draw, at every call the same.
@@ -72,7 +72,7 @@ class FixedProblem:
         first = {name: next(batches_of(name, getattr(problem, name))) for name in ("train_data", "validate_data")}
         models = {name: copy.deepcopy(getattr(problem, name)) for name in ("ul_model", "ll_model")}
         named = {name: _named(name, getattr(problem, name)) for name in ("ul_objective", "ll_objective")}
-        train, validate = (move(batch, device) for batch in first.values())
+        train, validate = (moved(batch, device) for batch in first.values())
         changed: dict[str, Any] = models | named
         return cls(replace(problem, **changed), settings, problem, train, validate, budget=budget or Budget())
 
@@ -98,8 +98,7 @@ class FixedProblem:
         models = {name: copy.deepcopy(getattr(self.problem, name)).double() for name in ("ul_model", "ll_model")}
 
         def double(batch: Batch) -> Batch:
-            doubled: Batch = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
-            return doubled
+            return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
 
         return replace(
             self, problem=replace(self.problem, **models), train=double(self.train), validate=double(self.validate)
@@ -126,9 +125,10 @@ class FixedProblem:
         """Return the loss of the ``level``, ``"ul"`` or ``"ll"``, on its batch, or on another."""
         name, models = f"{level}_objective", (self.problem.ul_model, self.problem.ll_model)
         objective = _repeated(getattr(self.problem, name), self.draw)
-        batch = batch or {"ul": self.validate, "ll": self.train}[level]
+        if batch is None:
+            batch = {"ul": self.validate, "ll": self.train}[level]
         with torch.enable_grad(), self.kernels(), preserved_modes(*models), preserved_buffers(*models):
-            return scalar_loss(name, objective(State(*batch, *models)))
+            return scalar_loss(name, objective(State.of(batch, *models)))
 
     def value(self, level: str, batch: Batch | None = None) -> float:
         """Return the value of :meth:`loss`."""

@@ -10,7 +10,7 @@ import torch
 from tune_implicit.checks.findings import CheckReport, StopCheckError
 from tune_implicit.checks.fixed import FixedProblem, raised_by
 from tune_implicit.errors import DerivativeError, DetachedError, InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.state import tensors_of
+from tune_implicit.hypergradients.batches import tensors_of
 
 __all__ = ["look_at_objectives", "raised"]
 

@@ -7,9 +7,10 @@ from itertools import islice
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.errors import DivergedError
+from tune_implicit.hypergradients.batches import moved
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.trials.splits import batches_of
 from tune_implicit.trials.trainer import BilevelTrainer
 
 __all__ = ["look_for_rate", "told_rate", "train"]
@@ -96,7 +97,7 @@ def _mean_loss(fixed: FixedProblem, problem: BilevelProblem) -> float:
     other = replace(fixed, problem=problem)
     device = fixed.ll_params()[0].device
     batches = islice(batches_of("train_data", problem.train_data), _BATCHES)
-    losses = [other.value("ll", move(batch, device)) for batch in batches]
+    losses = [other.value("ll", moved(batch, device)) for batch in batches]
     return math.fsum(losses) / len(losses)
 
 

@@ -102,8 +102,7 @@ class Retraining:
     def hypergradient(self) -> Hypergradient:
         """Return the hypergradient, solved as exactly as can be."""
         implicit = self.exact.repeatable().implicit(solver="minres", ll_learning_rate=1.0, k=_SOLVE_STEPS, rtol=1e-10)
-        data, target = self.exact.train
-        result = implicit.compute_gradients(*self.exact.validate, train_data=data, train_target=target)
+        result = implicit.compute_mean_gradients([self.exact.validate], [self.exact.train])
         self.exact.problem.ul_model.zero_grad()
         return result
 

@@ -11,6 +11,7 @@ from tune_implicit.checks.cost import counted
 from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.errors import DivergedError
+from tune_implicit.hypergradients.batches import moved
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.implicit import Implicit
 from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
@@ -18,7 +19,7 @@ from tune_implicit.hypergradients.solvers.solution import Status
 from tune_implicit.hypergradients.vectors import flatten
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.splits import BatchStream, move
+from tune_implicit.trials.splits import BatchStream
 from tune_implicit.trials.trainer import BilevelTrainer
 
 __all__ = ["look_at_solves"]
@@ -123,7 +124,7 @@ def _in_rounds(fixed: FixedProblem, problem: BilevelProblem, ways: list[_Way], r
         except DivergedError:
             return None
         device = fixed.ll_params()[0].device
-        validate, train = (move(stream.next(), device) for stream in streams)
+        validate, train = (moved(stream.next(), device) for stream in streams)
         for way in ways:
             if budget.spent and way is not ways[0]:
                 break

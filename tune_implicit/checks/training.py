@@ -13,11 +13,12 @@ from tune_implicit.checks.findings import CheckReport
 from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.checks.rates import look_for_rate, told_rate, train
 from tune_implicit.errors import DivergedError
+from tune_implicit.hypergradients.batches import moved
 from tune_implicit.hypergradients.solvers.minres import Minres
 from tune_implicit.hypergradients.state import State
 from tune_implicit.hypergradients.vectors import flatten, norm_of, unflatten
-from tune_implicit.trials.evaluation import evaluate
-from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.trials.evaluation import measure
+from tune_implicit.trials.splits import batches_of
 from tune_implicit.trials.trainer import BilevelTrainer
 
 __all__ = ["look_at_training"]
@@ -104,7 +105,7 @@ class _MeanGradient:
         batches = list(islice(batches_of("train_data", fixed.problem.train_data), _BATCHES))
         # One batch has no spread, but what an objective draws has one, too.
         batches = batches if len(batches) > 1 else batches * _DRAWS
-        self._each = [(replace(fixed, draw=i), move(batch, params[0].device)) for i, batch in enumerate(batches)]
+        self._each = [(replace(fixed, draw=i), moved(batch, params[0].device)) for i, batch in enumerate(batches)]
         losses, gradients = zip(*(drawn.gradients("ll", params, batch) for drawn, batch in self._each), strict=True)
         each = [
             flatten([torch.zeros_like(p) if g is None else g for g, p in zip(gradient, params, strict=True)])
@@ -283,9 +284,8 @@ def _signs(ul_losses: tuple[float, float], ll_losses: tuple[float, float], repor
 
 def _metrics(fixed: FixedProblem, report: CheckReport) -> None:
     """Measure what trials are compared on, and the user's metrics."""
-    problem, name = fixed.problem, fixed.problem.selected_on
-    functions = {"select_loss": problem.ul_objective, **problem.metrics}
-    for metric, value in evaluate(problem, name, getattr(problem, name), functions).items():
+    name = fixed.problem.selected_on
+    for metric, value in measure(fixed.problem).items():
         if not math.isfinite(value):
             what = f"`{metric}` (`ul_objective`)" if metric == "select_loss" else f"`{metric}`"
             report.fault("non-finite", f"{what} is {value} on `{name}`: every trial would fail.")

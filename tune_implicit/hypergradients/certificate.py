@@ -12,7 +12,7 @@ from tune_implicit.hypergradients.products import SecondDerivatives
 from tune_implicit.hypergradients.solvers.solution import Attempt, Solution, Status
 from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["Hypergradient", "certified"]
+__all__ = ["Hypergradient", "certified", "mean_of"]
 
 # A relative stationarity above which the ll weights are surely at no smooth minimum. Where nearly all of it is on
 # weights that are exactly 0, any that is more than rounding says so.
@@ -197,3 +197,35 @@ def certified(
         ul_loss=ul_loss,
         ll_loss=ll_loss,
     )
+
+
+def mean_of(each: Sequence[Hypergradient]) -> Hypergradient:
+    """Return the mean hypergradient of several ll problems, with the certificate of the one that is solved worst.
+
+    Where one is no answer, the mean is none either, and its certificate is that of the first such one.
+
+    Parameters
+    ----------
+    each : sequence of Hypergradient
+        In the same ul values, one or more.
+    """
+    if len(each) == 1:
+        return each[0]
+    failed = next((one for one in each if not one.answers), None)
+    worst = failed or max(each, key=lambda one: one.relative_residual)
+    gradients = {} if failed else _mean([one.gradients for one in each])
+    return replace(
+        worst,
+        gradients=gradients,
+        direct={} if failed else _mean([one.direct for one in each]),
+        hvps=sum(one.hvps for one in each),
+        norm=math.nan if failed else norm_of(list(gradients.values())).item(),
+        ul_loss=math.fsum(one.ul_loss for one in each) / len(each),
+        ll_loss=math.fsum(one.ll_loss for one in each) / len(each),
+    )
+
+
+def _mean(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the means by name, a name that is missing counting as zero."""
+    names = {name: None for one in each for name in one}
+    return {name: torch.stack([one[name] for one in each if name in one]).sum(0) / len(each) for name in names}

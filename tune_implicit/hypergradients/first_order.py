@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from tune_implicit.hypergradients.batches import Batch
 from tune_implicit.hypergradients.guards.losses import Loss
 from tune_implicit.hypergradients.noise import error_of_mean, standard_error
-from tune_implicit.hypergradients.state import Batch
 from tune_implicit.hypergradients.vectors import flatten
 
 __all__ = ["FirstDerivatives", "coarsest"]
@@ -21,7 +21,7 @@ class FirstDerivatives:
     ----------
     loss_of : callable(batch) -> Tensor
         Computes ``F``, with the same random draws at every call.
-    batches : sequence of (data, target)
+    batches : sequence of Batch
     ll_params, ul_params : sequence of Tensor
         ``w`` and ``l``.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tune_implicit.errors import DetachedError
 from tune_implicit.hypergradients.arguments import check_callable
+from tune_implicit.hypergradients.batches import Batch
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.first_order import FirstDerivatives, coarsest
 from tune_implicit.hypergradients.guards.losses import check_devices, check_used, scalar_loss
@@ -23,9 +24,12 @@ from tune_implicit.hypergradients.guards.untouched import Fingerprint, untouched
 from tune_implicit.hypergradients.inverse_hvp import InverseHvp
 from tune_implicit.hypergradients.products import MeanSecondOrder, SecondDerivatives, SecondOrder
 from tune_implicit.hypergradients.settings import SolverSettings
-from tune_implicit.hypergradients.state import Batch, Objective, State, check_models, named_trainable
+from tune_implicit.hypergradients.state import Objective, State, check_models, named_trainable
 
 __all__ = ["Implicit"]
+
+# A target that is not given, as ``None`` may be one.
+_ABSENT: Any = object()
 
 
 class Implicit:
@@ -102,10 +106,10 @@ class Implicit:
     def compute_gradients(
         self,
         validate_data: Any,
-        validate_target: Any,
+        validate_target: Any = _ABSENT,
         auxiliary_model: nn.Module | None = None,
         train_data: Any = None,
-        train_target: Any = None,
+        train_target: Any = _ABSENT,
     ) -> Hypergradient:
         """Add the hypergradient to ``.grad`` of the ul model's parameters, and return it with its certificate.
 
@@ -116,11 +120,12 @@ class Implicit:
         Parameters
         ----------
         validate_data, validate_target : any nesting of Tensor
-            The batch of the ul objective, on the models' device.
+            The batch of the ul objective, on the models' device. Without a target, ``validate_data`` is the whole
+            batch, of any kind, as the objective finds it in ``state.batch``.
         auxiliary_model : Module, optional
             The trained ll model, where it is another object than ``ll_model``.
         train_data, train_target : any nesting of Tensor
-            The batch of the ll objective, and so of the Hessian.
+            The batch of the ll objective, and so of the Hessian; likewise.
 
         Returns
         -------
@@ -134,7 +139,7 @@ class Implicit:
             If an objective returns more than a scalar, depends on no parameter, or uses what torch cannot differentiate
             as often as needed; if tensors lie on two devices, or a ul parameter is used by neither objective.
         """
-        validate, train = (validate_data, validate_target), (train_data, train_target)
+        validate, train = _batch(validate_data, validate_target), _batch(train_data, train_target)
         return self.compute_mean_gradients([validate], [train], auxiliary_model)
 
     def compute_mean_gradients(
@@ -144,7 +149,7 @@ class Implicit:
 
         Parameters
         ----------
-        validate, train : sequence of (data, target)
+        validate, train : sequence of Batch
             The batches of the ul objective, and those of the ll objective and so of the Hessian and the mixed product.
             Objectives draw the same random numbers for each.
         auxiliary_model : Module, optional
@@ -215,7 +220,7 @@ class Implicit:
     def _loss(self, objective: str, ll_model: nn.Module, put_back: Callable[[], None], batch: Batch) -> Tensor:
         """Return a loss; what another objective has done to modes and random state is no part of it."""
         put_back()
-        return scalar_loss(objective, getattr(self, objective)(State(*batch, self.ul_model, ll_model)))
+        return scalar_loss(objective, getattr(self, objective)(State.of(batch, self.ul_model, ll_model)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next call would start from: tensors, or ``None``, that load with ``weights_only=True``."""
@@ -224,6 +229,10 @@ class Implicit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; what does not fit the ll model is not used."""
         self._inverse_hvp.load_state_dict(state, next(self.ll_model.parameters()).device)
+
+
+def _batch(data: Any, target: Any) -> Batch:
+    return data if target is _ABSENT and data is not None else (data, None if target is _ABSENT else target)
 
 
 def _difference(direct: Tensor | None, mixed: Tensor | None, param: Tensor) -> Tensor:

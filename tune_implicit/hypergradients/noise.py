@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from tune_implicit.errors import InvalidValueError
-from tune_implicit.hypergradients.borrowed import map_tensors
-from tune_implicit.hypergradients.state import Batch, tensors_of
+from tune_implicit.hypergradients.batches import Batch, halves
 from tune_implicit.hypergradients.vectors import norm_of
 
-__all__ = ["error_of_mean", "halves", "standard_error"]
+__all__ = ["error_of_mean", "standard_error"]
 
 
 def error_of_mean(gradients: Sequence[Tensor]) -> float:
@@ -30,7 +27,7 @@ def standard_error(loss: Callable[[Batch], Tensor], batch: Batch, params: Sequen
     ----------
     loss : callable(batch) -> Tensor
         A mean over examples, with the same random draws at every call.
-    batch : (data, target)
+    batch : Batch
         To be halved.
     params : sequence of Tensor
         To differentiate in.
@@ -42,26 +39,3 @@ def standard_error(loss: Callable[[Batch], Tensor], batch: Batch, params: Sequen
     """
     one, other = (grad(loss(half), params, allow_unused=True, materialize_grads=True) for half in halves(batch))
     return norm_of([(a - b) / 2 for a, b in zip(one, other, strict=True)]).item()
-
-
-def halves(batch: Batch) -> tuple[Batch, Batch]:
-    """Return a batch in two halves: each tensor as long as the batch is cut in the middle, others are in both.
-
-    Raises
-    ------
-    InvalidValueError
-        If the batch has fewer than two examples, or holds no tensor that tells how many.
-    """
-    sizes = [len(tensor) for tensor in tensors_of(batch) if tensor.ndim]
-    size = sizes[0] if sizes else 0
-    if size < 2:
-        raise InvalidValueError(
-            f'`stop="noise"` halves the validation batch, which must hold 2 or more examples, got {size}. '
-            'Use larger batches, or `stop="tolerance"`.'
-        )
-
-    def cut(part: slice) -> Any:
-        return map_tensors(lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor, batch)
-
-    middle = size // 2
-    return cut(slice(middle)), cut(slice(middle, None))

@@ -1,56 +1,89 @@
 """What an objective is called with, and what the two models must be."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.borrowed import leaves_of
+from tune_implicit.hypergradients.batches import Batch, described, is_pair
 
-__all__ = [
-    "Batch",
-    "Objective",
-    "State",
-    "check_models",
-    "named_trainable",
-    "tensors_of",
-]
+__all__ = ["Objective", "State", "check_models", "named_trainable"]
 
-Batch = tuple[Any, Any]
+_FIELDS = ("batch", "data", "target", "ul_model", "ll_model")
 
 
-@dataclass(frozen=True)
 class State:
     """What an objective or a metric is called with; ``state["data"]`` is ``state.data``.
 
     Parameters
     ----------
     data, target : any nesting of Tensor
-        One batch.
+        One batch, a pair.
     ul_model, ll_model : Module
         The upper-level and the lower-level model.
+
+    Attributes
+    ----------
+    batch : Batch
+        What the split has yielded, on the models' device: ``(data, target)`` or anything else.
     """
 
-    data: Any
-    target: Any
+    __slots__ = ("batch", "ll_model", "ul_model")
+
+    batch: Batch
     ul_model: nn.Module
     ll_model: nn.Module
 
+    def __init__(self, data: Any, target: Any, ul_model: nn.Module, ll_model: nn.Module) -> None:
+        self._hold((data, target), ul_model, ll_model)
+
+    @classmethod
+    def of(cls, batch: Batch, ul_model: nn.Module, ll_model: nn.Module) -> "State":
+        """Return the state of a batch of any kind."""
+        state = cls.__new__(cls)
+        state._hold(batch, ul_model, ll_model)
+        return state
+
+    def _hold(self, batch: Batch, ul_model: nn.Module, ll_model: nn.Module) -> None:
+        for name, value in (("batch", batch), ("ul_model", ul_model), ("ll_model", ll_model)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def data(self) -> Any:
+        """The first half of a batch that is a pair; the whole of any other."""
+        return self.batch[0] if is_pair(self.batch) else self.batch
+
+    @property
+    def target(self) -> Any:
+        """The second half of a batch that is a pair.
+
+        Raises
+        ------
+        InvalidTypeError
+            If it is none.
+        """
+        if not is_pair(self.batch):
+            raise InvalidTypeError(
+                f"`state.target` is the second half of a (data, target) pair, got {described(self.batch)}. Take what "
+                "you need from `state.batch`. For one pair that is all the data, make the split [(data, target)]."
+            )
+        return self.batch[1]
+
     def __getitem__(self, name: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            raise KeyError(f"{name!r}: a state holds {', '.join(self.__dataclass_fields__)}.")
+        if name not in _FIELDS:
+            raise KeyError(f"{name!r}: a state holds {', '.join(_FIELDS)}.")
         return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"A state cannot be changed, got {name!r}. Objectives read it.")
+
+    def __repr__(self) -> str:
+        return f"State of {described(self.batch)}"
 
 
 Objective = Callable[[State], Tensor]
-
-
-def tensors_of(nested: Any) -> list[Tensor]:
-    """Return the tensors in any nesting of tuples, lists and dicts."""
-    return [leaf for leaf in leaves_of(nested) if isinstance(leaf, Tensor)]
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,23 +1,28 @@
 """Losses and metrics over a whole split, without leaving a trace in the trial."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tune_implicit.errors import InvalidTypeError
+from tune_implicit.hypergradients.batches import Batch, moved, size_of
 from tune_implicit.hypergradients.guards.untouched import preserved_modes
 from tune_implicit.hypergradients.rng import preserved_rng
-from tune_implicit.hypergradients.state import Batch, State, tensors_of
-from tune_implicit.trials.problem import BilevelProblem, Metric
-from tune_implicit.trials.splits import batches_of, move
+from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.problem import BilevelProblem, Metric, SplitMetrics, check_metric_names
+from tune_implicit.trials.splits import batches_of
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_split", "mean_over", "measure"]
 
 
 def evaluate(
-    problem: BilevelProblem, name: str, data: Iterable[Batch], functions: Mapping[str, Metric]
+    problem: BilevelProblem,
+    name: str,
+    data: Iterable[Batch],
+    functions: Mapping[str, Metric],
+    ll_model: nn.Module | None = None,
 ) -> dict[str, float]:
     """Return each function's mean over ``data``, the models in evaluation mode and without gradients.
 
@@ -27,13 +32,15 @@ def evaluate(
     Parameters
     ----------
     problem : BilevelProblem
-        Its models are what is evaluated.
+        With one ll model; its models are what is evaluated.
     name : str
         What messages call the split.
-    data : iterable of (data, target)
+    data : iterable of Batch
         The split.
     functions : mapping of str to callable(State) -> Tensor or float
         What to measure.
+    ll_model : Module, optional
+        To be evaluated instead of the problem's, such as an average of it.
 
     Returns
     -------
@@ -44,25 +51,70 @@ def evaluate(
     InvalidTypeError
         If a function does not return a number.
     """
-    device = next(problem.ll_model.parameters()).device
     totals, weight = dict.fromkeys(functions, 0.0), 0
-    models = problem.ul_model, problem.ll_model
-    with preserved_rng(), preserved_modes(*models), torch.no_grad():
-        for model in models:
-            model.eval()
-        for batch in batches_of(name, data):
-            batch_data, target = move(batch, device)
-            state = State(batch_data, target, *models)
-            size = _size(target) or _size(batch_data) or 1
+    with _states(problem, name, data, ll_model) as states:
+        for state in states:
+            size = size_of(state.batch) or 1
             for key, function in functions.items():
                 totals[key] += size * _number(key, function(state))
             weight += size
     return {key: total / weight for key, total in totals.items()}
 
 
-def _size(nested: Any) -> int:
-    """Return the length of the first tensor that has one, or 0."""
-    return next((len(tensor) for tensor in tensors_of(nested) if tensor.ndim), 0)
+def evaluate_split(
+    problem: BilevelProblem,
+    name: str,
+    data: Iterable[Batch],
+    function: SplitMetrics,
+    ll_model: nn.Module | None = None,
+) -> dict[str, float]:
+    """Return what ``function`` makes of the states of all batches, in the conditions of :func:`evaluate`.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it does not return a mapping of names to numbers.
+    InvalidValueError
+        If a name is one that a trial itself reports.
+    """
+    with _states(problem, name, data, ll_model) as states:
+        found = function(states)
+    if not isinstance(found, Mapping):
+        raise InvalidTypeError(
+            f"`metrics` must return a mapping of names to numbers, got {type(found).__name__}. "
+            'Return e.g. {"f1": ...}.'
+        )
+    check_metric_names(found)
+    return {key: _number(key, value) for key, value in found.items()}
+
+
+def measure(problem: BilevelProblem, ll_model: nn.Module | None = None) -> dict[str, float]:
+    """Return ``"select_loss"`` and the problem's metrics, on the split that trials are compared on."""
+    name = problem.selected_on
+    data, metrics = getattr(problem, name), problem.metrics
+    if isinstance(metrics, Mapping):
+        return evaluate(problem, name, data, {"select_loss": problem.ul_objective, **metrics}, ll_model)
+    loss = evaluate(problem, name, data, {"select_loss": problem.ul_objective}, ll_model)
+    return loss | evaluate_split(problem, name, data, metrics, ll_model)
+
+
+def mean_over(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the means by name over several ll problems."""
+    listed = list(each)
+    return {name: sum(one[name] for one in listed) / len(listed) for name in listed[0]}
+
+
+@contextmanager
+def _states(
+    problem: BilevelProblem, name: str, data: Iterable[Batch], ll_model: nn.Module | None
+) -> Iterator[Iterator[State]]:
+    """Yield the states of all batches, with what is done to modes and random state undone afterwards."""
+    models = problem.ul_model, problem.ll_model if ll_model is None else ll_model
+    device = next(models[1].parameters()).device
+    with preserved_rng(), preserved_modes(*models), torch.no_grad():
+        for model in models:
+            model.eval()
+        yield (State.of(moved(batch, device), *models) for batch in batches_of(name, data))
 
 
 def _number(name: str, value: Tensor | float) -> float:

@@ -42,6 +42,9 @@ COUNTERS = (
 # Those that tell of its work.
 COSTS = ("ll_step", "hvps", "gradient_evaluations")
 
+# The learning rate that the ll optimizer has come to.
+LL_RATE = "ll_rate"
+
 # How a trainer learns, by the names of its attributes.
 LEARNING = ("ul_rate", "ul_moved", "ul_scale", "ll_lag")
 
@@ -58,7 +61,7 @@ STATE = (
     "failure",
 )
 
-RESERVED = frozenset({*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE})
+RESERVED = frozenset({*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE, LL_RATE})
 
 
 def certificate(hypergradient: Hypergradient | None) -> Record:

@@ -14,6 +14,9 @@ __all__ = ["SETTINGS", "ImplicitSettings"]
 # "auto", or how many.
 _LL_STEPS: Rule = ('0 or more, or "auto"', lambda value: value == "auto" or (isinstance(value, int) and value >= 0))
 
+# None, or a length.
+_NORM: Rule = ("positive", lambda value: value is None or value > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitSettings(SolverSettings):
@@ -50,6 +53,10 @@ class ImplicitSettings(SolverSettings):
         ul steps in all; a trial is completed after them.
     warmup_ll_steps : int, default 0
         ll optimizer steps before the first ul step, besides its own ``ll_steps``.
+    accumulate : int, default 1
+        Batches whose gradients an ll step averages; the Hessian then averages as many for each of ``ul_batches``.
+    max_ll_gradient_norm : float, optional
+        The norm that the ll gradient is clipped to before each ll step.
     ul_batches : int, default 1
         Training batches, and validation batches, over which each hypergradient averages.
     ul_steps_per_report : int, default 5
@@ -87,6 +94,8 @@ class ImplicitSettings(SolverSettings):
     max_ll_steps: int = ruled(at_least(1), 40)
     ul_steps: int = ruled(at_least(1), 100)
     warmup_ll_steps: int = ruled(at_least(0), 0)
+    accumulate: int = ruled(at_least(1), 1)
+    max_ll_gradient_norm: float | None = ruled(_NORM, None)
     ul_batches: int = ruled(at_least(1), 1)
     ul_steps_per_report: int = ruled(at_least(1), 5)
     keep: str = ruled(one_of(("best", "last")), "best")
@@ -103,6 +112,12 @@ class ImplicitSettings(SolverSettings):
     def least_ll_steps(self) -> int:
         """The ll steps that are surely taken before each ul step."""
         return self.ll_steps if isinstance(self.ll_steps, int) else min(self.min_ll_steps, self.max_ll_steps)
+
+    @property
+    def most_ll_steps(self) -> int:
+        """The most ll steps that a trial takes."""
+        each = self.ll_steps if isinstance(self.ll_steps, int) else self.max_ll_steps
+        return self.warmup_ll_steps + self.ul_steps * each
 
     @property
     def of_a_solve(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Splits of ``(data, target)`` batches: one pass over them, and an endless stream that can be resumed."""
+"""Splits of batches: one pass over them, and an endless stream that can be resumed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from tune_implicit.errors import CheckpointError, InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.borrowed import map_tensors
+from tune_implicit.hypergradients.batches import Batch, described
 from tune_implicit.hypergradients.rng import (
     get_rng_state,
     preserved_rng,
@@ -25,14 +25,16 @@ from tune_implicit.hypergradients.rng import (
     seed_everything,
     set_rng_state,
 )
-from tune_implicit.hypergradients.state import Batch
 
-__all__ = ["BatchStream", "batches_of", "check_split", "move"]
+__all__ = ["BatchStream", "batches_of", "check_split"]
 
 _EMPTY = (
     "`{name}` must hold at least one batch, got none. "
     "Check the split's size against the loader's `batch_size` and `drop_last`."
 )
+
+# What comes after the last batch of a pass.
+_END: Any = object()
 
 # A pass of so many in which a split is looked at anew.
 _LOOKS_AGAIN = 16
@@ -42,25 +44,26 @@ _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRand
 _BATCH_SAMPLERS = (BatchSampler, type(None))
 
 
-def move(nested: Any, device: torch.device) -> Any:
-    """Return ``nested`` with its tensors on ``device``; what is there already is not copied."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), nested)
-
-
 def check_split(name: str, data: Any) -> None:
     """Check that ``data`` can be read more than once and is not known to be empty.
 
     Raises
     ------
     InvalidTypeError
-        If ``data`` is not iterable, or an iterator that is used up by reading it.
+        If ``data`` is not iterable, an iterator that is used up by reading it, or one batch instead of several.
     InvalidValueError
         If ``data`` has a length, and that is 0.
     """
     if isinstance(data, Iterator) or not isinstance(data, Iterable | Sequence):
         raise InvalidTypeError(
-            f"`{name}` must be a re-iterable of (data, target) pairs, got {type(data).__name__}. "
-            "Pass a list of pairs or a DataLoader."
+            f"`{name}` must be a re-iterable of batches, got {type(data).__name__}. Pass a list of batches, such as "
+            "(data, target) pairs, or a DataLoader."
+        )
+    one = isinstance(data, Tensor | Mapping | str)
+    if one or (isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(part, Tensor) for part in data)):
+        raise InvalidTypeError(
+            f"`{name}` must be a re-iterable of batches, got {described(data)}{'' if one else ' tensors'}. For one "
+            "batch that is all the data, pass [(data, target)]; for batches that are tensors, pass [[x] for x in ...]."
         )
     try:
         length = len(data)  # type: ignore[arg-type]
@@ -71,24 +74,17 @@ def check_split(name: str, data: Any) -> None:
 
 
 def batches_of(name: str, data: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the ``(data, target)`` pairs of one pass over ``data``.
+    """Yield the batches of one pass over ``data``.
 
     Raises
     ------
     InvalidValueError
         If there are none.
-    InvalidTypeError
-        If one is not a pair.
     """
     empty = True
     for batch in data:
         empty = False
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise InvalidTypeError(
-                f"`{name}` must yield (data, target) pairs, got {_describe(batch)}. "
-                "For one batch that is all the data, pass [(data, target)]."
-            )
-        yield batch[0], batch[1]
+        yield batch
     if empty:
         raise InvalidValueError(_EMPTY.format(name=name))
 
@@ -103,7 +99,7 @@ class BatchStream:
     ----------
     name : str
         What messages call the split.
-    data : iterable of (data, target)
+    data : iterable of Batch
         Read anew for each pass. Random choices it makes must come from the global generators of Python, NumPy and
         torch, or from the ``generator`` of a DataLoader or its sampler. One that may remember what it drew between
         batches, as a shuffle buffer does, draws from a random state of its own, so that it can be read again without
@@ -124,9 +120,9 @@ class BatchStream:
         self._draws_later: bool | None = None
 
     def next(self) -> Batch:
-        """Return the next ``(data, target)`` pair."""
-        batch = None if self._batches is None else self._later()
-        if batch is None:
+        """Return the next batch."""
+        batch = _END if self._batches is None else self._later()
+        if batch is _END:
             with self._drawing():
                 self._start, self._position, self._passes = self._random_state(), 0, self._passes + 1
                 self._batches = batches_of(self._name, self._data)
@@ -134,20 +130,25 @@ class BatchStream:
         self._position += 1
         return batch
 
-    def _later(self) -> Batch | None:
-        """Return the next batch of the present pass, ``None`` at its end."""
+    def _later(self) -> Batch:
+        """Return the next batch of the present pass, ``_END`` at its end."""
         assert self._batches is not None
         looks = self._position == 1 and self._passes % _LOOKS_AGAIN == 0
         if not self._may_remember_draws() or (self._draws_later is False and not looks):
-            return next(self._batches, None)
+            return next(self._batches, _END)
         before = self._own
         with self._drawing():
-            batch = next(self._batches, None)
+            batch = next(self._batches, _END)
         if self._draws_later is not True and not same_rng_state(before, self._own):
             self._draws_later = True
-        elif self._draws_later is None and batch is None:
+        elif self._draws_later is None and batch is _END:
             self._draws_later = False
         return batch
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the data have begun."""
+        return self._passes
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream is, as plain data."""
@@ -173,7 +174,7 @@ class BatchStream:
             self._set_random_state(self._start)
             self._batches = batches_of(self._name, self._data)
             for batch in range(self._position):
-                if next(self._batches, None) is None:
+                if next(self._batches, _END) is _END:
                     raise CheckpointError(
                         f"The state was saved after batch {self._position} of `{self._name}`, which now ends after "
                         f"{batch}. Load it with the data it was saved with."
@@ -223,11 +224,3 @@ class BatchStream:
             return []
         found = (self._data.generator, getattr(self._data.sampler, "generator", None))
         return [generator for generator in found if generator is not None]
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return type(batch).__name__

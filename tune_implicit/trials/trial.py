@@ -3,21 +3,32 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from tune_implicit.errors import DivergedError, InvalidTypeError, SolveError
 from tune_implicit.hypergradients.rng import seed_everything
 from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
-from tune_implicit.trials.evaluation import evaluate
-from tune_implicit.trials.problem import BilevelProblem, Metric
-from tune_implicit.trials.record import COSTS, COUNTERS, LEARNING, LOSSES, Record, certificate, check_metric, finite
+from tune_implicit.trials.evaluation import evaluate, mean_over, measure
+from tune_implicit.trials.problem import BilevelProblem
+from tune_implicit.trials.record import (
+    COSTS,
+    COUNTERS,
+    LEARNING,
+    LL_RATE,
+    LOSSES,
+    Record,
+    certificate,
+    check_metric,
+    finite,
+)
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer, Step
 from tune_implicit.trials.troubles import troubles_of
@@ -96,6 +107,7 @@ class Trial:
         if not isinstance(made, BilevelProblem):
             raise InvalidTypeError(f"`problem(config)` must return a BilevelProblem, got {type(made).__name__}.")
         self.problem = made
+        self._metrics = list(made.metric_names)
         self.trainer = BilevelTrainer(made, self.settings)
 
     @property
@@ -146,7 +158,7 @@ class Trial:
         if self.completed:
             return self.record
         if self._start_loss is None:
-            self._start_loss = self._selected({"ul_objective": self.problem.ul_objective})["ul_objective"]
+            self._start_loss = self._evaluated(self.problem.selected_on, "ul_objective")
         try:
             record = self._measured()
         except DivergedError as error:
@@ -178,6 +190,7 @@ class Trial:
             if not math.isfinite(value):
                 way_out = " Try a smaller `ll_learning_rate` or `ul_learning_rate`." if name in LOSSES else ""
                 raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.{way_out}")
+        self.trainer.see_report(record["validate_loss"])
         return record | certificate(steps[-1].hypergradient) | self._learning() | self._counters()
 
     def _keep(self, record: Record) -> None:
@@ -191,13 +204,16 @@ class Trial:
             self._best = {"report": len(self.history), "record": record, "models": models}
 
     def _models(self) -> dict[str, Any]:
-        return {name: getattr(self.problem, name).state_dict() for name in ("ul_model", "ll_model")}
+        """Return the state of the ul model, and of the ll model that is measured: a list where there are several."""
+        several = [model.state_dict() for model in self.trainer.ll_models]
+        ll_state = several if isinstance(self.problem.ll_model, list | tuple) else several[0]
+        return {"ul_model": self.problem.ul_model.state_dict(), "ll_model": ll_state}
 
     def _kept_losses(self) -> Record:
         """Return the losses and metrics of the report that is kept, where that is not the last."""
         if self._best is None or self.settings.keep == "last":
             return {}
-        return {name: self._best["record"][name] for name in (*LOSSES, *self.problem.metrics)}
+        return {name: self._best["record"][name] for name in (*LOSSES, *self._metrics)}
 
     def _ending(self) -> Record:
         """Return what the last record says of the trial as a whole."""
@@ -231,30 +247,32 @@ class Trial:
 
         Infinity stands where engines insist on a number; none of the adapters passes it on as a value.
         """
-        unknown = dict.fromkeys((*LOSSES, *self.problem.metrics), math.inf)
+        unknown = dict.fromkeys((*LOSSES, *self._metrics, self._metric), math.inf)
         return unknown | self._learning() | self._counters() | {"failure": reason, "troubles": "failed"}
 
     def _losses(self, steps: list[Step]) -> Record:
-        problem = self.problem
-        selected = self._selected({"select_loss": problem.ul_objective, **problem.metrics})
+        measured = mean_over(measure(part, model) for part, model in self._parts())
+        self._metrics = [name for name in measured if name != "select_loss"]
         validate = [step.hypergradient.ul_loss for step in steps if step.hypergradient is not None]
-        if not validate:
-            whole = evaluate(problem, "validate_data", problem.validate_data, {"loss": problem.ul_objective})
-            validate = [whole["loss"]]
-        train = [step.train_loss for step in steps if not math.isnan(step.train_loss)] or [
-            evaluate(problem, "train_data", problem.train_data, {"loss": problem.ll_objective})["loss"]
-        ]
+        train = [step.train_loss for step in steps if not math.isnan(step.train_loss)]
         return {
-            "select_loss": selected["select_loss"],
-            "validate_loss": math.fsum(validate) / len(validate),
-            "train_loss": math.fsum(train) / len(train),
-            **{metric: selected[metric] for metric in problem.metrics},
+            "select_loss": measured.pop("select_loss"),
+            "validate_loss": _mean(validate) if validate else self._evaluated("validate_data", "ul_objective"),
+            "train_loss": _mean(train) if train else self._evaluated("train_data", "ll_objective"),
+            **measured,
         }
 
-    def _selected(self, functions: Mapping[str, Metric]) -> dict[str, float]:
-        """Return what ``functions`` are on the split that trials are compared on."""
-        name = self.problem.selected_on
-        return evaluate(self.problem, name, getattr(self.problem, name), functions)
+    def _evaluated(self, split: str, objective: str) -> float:
+        """Return the mean of an objective over a split, and over the ll problems."""
+        each = (
+            evaluate(part, split, getattr(part, split), {objective: getattr(part, objective)}, model)
+            for part, model in self._parts()
+        )
+        return mean_over(each)[objective]
+
+    def _parts(self) -> Iterator[tuple[BilevelProblem, nn.Module]]:
+        """Yield each ll problem, with the ll model that is measured."""
+        yield from zip(self.problem.parts, self.trainer.ll_models, strict=True)
 
     def _learning(self) -> Record:
         if self.settings.ul_learning_rate == 0:
@@ -263,6 +281,7 @@ class Trial:
 
     def _counters(self) -> Record:
         counted = {name: getattr(self.trainer, name) for name in COUNTERS}
+        counted |= finite({LL_RATE: self.trainer.ll_rate})
         return counted | {"completed": False, "selected_on": self.problem.selected_on}
 
     def _ul_quantiles(self) -> dict[str, list[float]]:
@@ -285,6 +304,7 @@ class Trial:
             "best": self._best,
             "start_loss": self._start_loss,
             "divergence": self._divergence,
+            "metrics": self._metrics,
             "settings": dataclasses.asdict(self.settings),
         }
         write_checkpoint(path, state)
@@ -300,11 +320,15 @@ class Trial:
         state = read_checkpoint(path)
         self.trainer.load_state_dict(state["trainer"])
         self.history = state["history"]
-        self._start_loss, self._best = state["start_loss"], state["best"]
+        self._start_loss, self._best, self._metrics = state["start_loss"], state["best"], state["metrics"]
         # What another's settings have led to is not this trial's end.
         self._divergence = state["divergence"] if state["settings"] == dataclasses.asdict(self.settings) else ""
         if self.settings.keep == "best" and self._best is not None and self._best["models"] is None:
             self._best = None  # its trial kept the last report
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 # What ends a trial as failed, while the search goes on. Anything else that a trial raises is a mistake to be mended.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tune_implicit.errors import DetachedError, InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.state import tensors_of
+from tune_implicit.hypergradients.batches import tensors_of
 
 __all__ = ["Loss", "check_devices", "check_used", "scalar_loss"]
 

@@ -118,13 +118,13 @@ def test_a_trial_that_loads_a_donors_checkpoint_keeps_its_own_settings(
     heir.restore(str(tmp_path))
     trainer = heir._trial.trainer
     assert (trainer.ul_step, len(heir._trial.history)) == (2, 1)
-    assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05
+    assert trainer.levels[0]._scheduled.optimizer.param_groups[0]["lr"] == 0.05
     # It starts from its own rate, times what the donor's has been adapted by.
-    assert trainer._ul_optimizer.param_groups[0]["lr"] == trainer.ul_rate == pytest.approx(0.5 * factor, rel=1e-12)
-    solver = trainer._implicit._inverse_hvp._settings.make_solver(0.05).solvers["cg"]
+    assert trainer.ul_rate == pytest.approx(0.5 * factor, rel=1e-12)
+    solver = trainer.levels[0]._implicit._inverse_hvp._settings.make_solver(0.05).solvers["cg"]
     assert (solver.k, solver.tolerance) == (7, 1e-6)
     heir.train()
-    assert trainer._ll_optimizer.param_groups[0]["lr"] == 0.05
+    assert trainer.levels[0]._scheduled.optimizer.param_groups[0]["lr"] == 0.05
 
 
 @pytest.mark.parametrize(("mode", "worst"), [("min", math.inf), ("max", -math.inf)])
