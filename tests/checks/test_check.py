@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.broken import clamped, flipped, wrong
+from tests.support.broken import Again, clamped, flipped, wrong
 from tests.support.problems import F64
 from tests.support.working import SETTINGS, D, LearningRate, N, ll_objective, split, ul_objective, working
 from tune_implicit import BilevelProblem, ImplicitSettings, State, check
@@ -122,9 +122,9 @@ def test_a_fault_that_stops_is_the_last_and_the_rest_is_said_to_be_missing() -> 
 
 @pytest.mark.parametrize("name", ["train_data", "validate_data"])
 def test_without_a_first_batch_there_is_nothing_to_look_at(name: str) -> None:
-    report = check(working(**{name: [torch.ones(3)]}), SETTINGS)
+    report = check(working(**{name: Again(0)}), SETTINGS)
     assert wrong(report) == {"data": Level.FAULT}
-    assert report.faults[0].message.startswith(f"`{name}` must yield (data, target) pairs")
+    assert report.faults[0].message.startswith(f"`{name}` must hold at least one batch, got none")
 
 
 # ---- what is blamed
@@ -195,7 +195,7 @@ def test_what_no_objective_raised_is_no_finding(monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object) -> None:
         raise KeyError("a slip of our own")
 
-    monkeypatch.setattr("tune_implicit.checks.training.evaluate", broken)
+    monkeypatch.setattr("tune_implicit.checks.training.measure", broken)
     with pytest.raises(KeyError, match="a slip of our own"):
         check(working(), SETTINGS)
 

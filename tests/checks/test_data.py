@@ -26,7 +26,6 @@ BROKEN = {
         partial(working, train_data=split(1, 20), validate_data=split(0, 200)),
         level=Level.WARNING,
     ),
-    "a later batch that is no pair": Broken("data", partial(working, train_data=[*split(0), torch.ones(3)])),
     "a split that turns out empty": Broken("data", partial(working, select_data=Again(0))),
 }
 

@@ -56,13 +56,9 @@ def test_its_batches_are_on_the_device_of_its_models() -> None:
     assert {tensor.device.type for tensor in (*fixed.train, *fixed.validate)} == {"meta"}
 
 
-def test_a_split_needs_a_batch_that_is_a_pair() -> None:
+def test_a_split_needs_a_batch() -> None:
     with pytest.raises(ValueError, match="`validate_data` must hold at least one batch, got none"):
         fixed_of(working(validate_data=Again(0)))
-    with pytest.raises(
-        TypeError, match=r"`train_data` must yield \(data, target\) pairs, got a tensor of shape \(3,\)"
-    ):
-        fixed_of(working(train_data=[torch.ones(3)]))
 
 
 def test_only_what_is_trained_is_a_parameter() -> None:

@@ -145,3 +145,28 @@ def test_the_metric_that_is_not_finite_is_named_with_its_split() -> None:
     problem = working(metrics={"good": lambda s: 1.0, "mine": lambda s: math.inf}, select_data=None)
     (fault,) = seen_by(look_at_training, problem).faults
     assert fault.message == "`mine` is inf on `validate_data`: every trial would fail."
+
+
+# ---- a step of the user's own
+
+
+def own_step(state: State, optimizer: torch.optim.Optimizer, factor: float = 1.0, steps: bool = True) -> Tensor:
+    optimizer.zero_grad()
+    loss = factor * ll_objective(state)
+    loss.backward()
+    if steps:
+        optimizer.step()
+    return loss
+
+
+def test_a_step_that_lowers_the_ll_objective_is_fine() -> None:
+    assert wrong(seen_by(look_at_training, working(ll_step=own_step))) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding", "level"),
+    [({"factor": 1.1}, "ll-step-loss", Level.WARNING), ({"steps": False}, "ll-step-idle", Level.FAULT)],
+)
+def test_a_step_of_another_loss_or_of_none_is_told(changes: dict, finding: str, level: Level) -> None:
+    found = wrong(seen_by(look_at_training, working(ll_step=partial(own_step, **changes))))
+    assert found[finding] == level

@@ -1,7 +1,7 @@
 """A problem held fixed, to be looked at: copies of its models, one batch a level, and the same draws at every call."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,6 +72,8 @@ class FixedProblem:
         first = {name: next(batches_of(name, getattr(problem, name))) for name in ("train_data", "validate_data")}
         models = {name: copy.deepcopy(getattr(problem, name)) for name in ("ul_model", "ll_model")}
         named = {name: _named(name, getattr(problem, name)) for name in ("ul_objective", "ll_objective")}
+        if problem.ll_step is not None:
+            named["ll_step"] = _named("ll_step", problem.ll_step)
         train, validate = (moved(batch, device) for batch in first.values())
         changed: dict[str, Any] = models | named
         return cls(replace(problem, **changed), settings, problem, train, validate, budget=budget or Budget())
@@ -169,12 +171,12 @@ def _repeated(objective: Objective, seed: int) -> Objective:
     return repeated
 
 
-def _named(name: str, objective: Objective) -> Objective:
-    """Return ``objective``, whose exceptions say that it raised them."""
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, whose exceptions say that it raised them."""
 
-    def named(state: State) -> Tensor:
+    def named(*arguments: Any) -> Any:
         try:
-            return objective(state)
+            return function(*arguments)
         except Exception as error:
             if not isinstance(error, TuneImplicitError | torch.OutOfMemoryError):
                 setattr(error, _RAISED_BY, name)
@@ -184,6 +186,6 @@ def _named(name: str, objective: Objective) -> Objective:
 
 
 def raised_by(error: Exception) -> str | None:
-    """Return the name of the objective whose own code raised ``error``, ``None`` where none did."""
+    """Return the name of the objective, or step, whose own code raised ``error``, ``None`` where none did."""
     name: str | None = getattr(error, _RAISED_BY, None)
     return name

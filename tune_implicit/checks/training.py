@@ -14,8 +14,9 @@ from tune_implicit.checks.fixed import FixedProblem
 from tune_implicit.checks.rates import look_for_rate, told_rate, train
 from tune_implicit.errors import DivergedError
 from tune_implicit.hypergradients.batches import moved
+from tune_implicit.hypergradients.rng import preserved_rng, seed_everything
 from tune_implicit.hypergradients.solvers.minres import Minres
-from tune_implicit.hypergradients.state import State
+from tune_implicit.hypergradients.state import State, named_trainable
 from tune_implicit.hypergradients.vectors import flatten, norm_of, unflatten
 from tune_implicit.trials.evaluation import measure
 from tune_implicit.trials.splits import batches_of
@@ -34,6 +35,9 @@ _TRAINING = 0.7
 # Newton step would take less than this part off the ll loss.
 _TRAINED = 0.3
 _LEFT = 0.05
+
+# The loss of an ll step of the user's own is that of the objective up to this part of it.
+_SAME_LOSS = 1e-3
 
 # A ul loss that training raises by more than this part of itself was raised by more than noise.
 _ROSE = 0.01
@@ -57,6 +61,7 @@ def look_at_training(fixed: FixedProblem, report: CheckReport) -> None:
     """Train the ll model as a trial would, the ul values fixed, and look at where it gets to; it stays there."""
     settings = fixed.settings
     wanted = min(_TRAINING_STEPS, settings.warmup_ll_steps + settings.least_ll_steps * settings.ul_steps)
+    _own_step(fixed, report)
     _modes(fixed, report)
     before = _MeanGradient(fixed)
     ul_before, ll_before = fixed.value("ul"), fixed.value("ll")
@@ -209,6 +214,27 @@ def _shift(params: list[nn.Parameter], direction: Tensor, by: float) -> None:
             param.add_(piece, alpha=by)
 
 
+def _own_step(fixed: FixedProblem, report: CheckReport) -> None:
+    """Compare the loss of a user's own ll step with that of ``ll_objective`` on the same batch and draws."""
+    if fixed.problem.ll_step is None:
+        return
+    problem = replace(fixed.copied(), train_data=[fixed.train])
+    before = [param.detach().clone() for param in named_trainable(problem.ll_model).values()]
+    trainer = BilevelTrainer(problem, replace(fixed.settings, ul_learning_rate=0.0))
+    with preserved_rng():
+        seed_everything(fixed.draw)
+        loss = trainer.train_ll(1)
+    expected = fixed.value("ll")
+    if all(torch.equal(old, new) for old, new in zip(before, named_trainable(problem.ll_model).values(), strict=True)):
+        report.fault("ll-step-idle", "`ll_step` left all ll weights as they were. Call `optimizer.step()` in it.")
+    if abs(loss - expected) > _SAME_LOSS * max(abs(loss), abs(expected)):
+        report.warn(
+            "ll-step-loss",
+            f"`ll_step` returned a loss of {loss:.4g} where `ll_objective` is {expected:.4g} on the same batch: "
+            "hypergradients are those of `ll_objective`. Where the step lowers another loss, make that the objective.",
+        )
+
+
 def _modes(fixed: FixedProblem, report: CheckReport) -> None:
     """Compare the modes in which modules are run in two ll steps with those of the Hessian's pass."""
     seen: list[dict[str, bool]] = []
@@ -216,11 +242,10 @@ def _modes(fixed: FixedProblem, report: CheckReport) -> None:
     trained = {name: value.clone() for name, value in problem.ll_model.state_dict().items()}
     modes = [(module, module.training) for model in (problem.ul_model, problem.ll_model) for module in model.modules()]
     BilevelTrainer(problem, replace(fixed.settings, warmup_ll_steps=0, ul_learning_rate=0.0)).train_ll(2)
-    (train_data, train_target), (data, target) = fixed.train, fixed.validate
     one = problem.implicit(
         **fixed.settings.of_a_solve | {"solver": "neumann", "k": 0, "stop": "tolerance", "preconditioner_memory": 0}
     )
-    one.compute_gradients(data, target, train_data=train_data, train_target=train_target)
+    one.compute_mean_gradients([fixed.validate], [fixed.train])
     problem.ul_model.zero_grad()
     problem.ll_model.load_state_dict(trained)
     for module, mode in modes:

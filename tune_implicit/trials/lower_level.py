@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_implicit.errors import DivergedError, InvalidTypeError
+from tune_implicit.errors import DivergedError, InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.batches import Batch, moved
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
@@ -31,6 +31,11 @@ class LowerLevel:
         With one ll model, which is trained in place.
     settings : ImplicitSettings
         Of the trial.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        If an optimizer, a schedule or an average is not what it must be, or a setting has no effect.
 
     Attributes
     ----------
@@ -62,6 +67,8 @@ class LowerLevel:
         self._settling = Settling(self._params)
         self._looks = False  # whether the next gradient is one to look at
         self._epoch = 0  # passes over the training data that have begun
+        if problem.ll_step is not None:
+            _check_own_step(settings)
         self._may_thaw = problem.on_epoch is not None or problem.ll_step is not None
         if problem.ll_step is not None:
             self._scheduled.optimizer.register_step_pre_hook(lambda *_: self._look())
@@ -264,3 +271,20 @@ class LowerLevel:
         self._validate.load_state_dict(state["data"]["validate"])
         self._epoch = state["epoch"]
         self.ll_step, self.hvps, self.gradient_evaluations = state["counters"]
+
+
+def _check_own_step(settings: ImplicitSettings) -> None:
+    """Check that no setting is given that is for the built-in ll step alone.
+
+    Raises
+    ------
+    InvalidValueError
+        If one is: it would have no effect.
+    """
+    without = {"accumulate": 1, "max_ll_gradient_norm": None}
+    for name, value in without.items():
+        if getattr(settings, name) != value:
+            raise InvalidValueError(
+                f"`{name}` must be {value} beside a problem's own `ll_step`, got {getattr(settings, name)!r}. It is "
+                "for the built-in step: do it in your own."
+            )
