@@ -97,7 +97,7 @@ class Search:
         metrics = trial.user_attrs["metrics"]
         row = {"seconds": self.used, "select": trial.value, "last_select": metrics["last_value"]}
         row["test"] = self.test(saved["kept"]["ll_model"])
-        row["last_test"] = self.test(saved["trainer"]["ll_model"])
+        row["last_test"] = self.test(saved["trainer"]["levels"][0]["model"])
         row |= {name: metrics[name] for name in ("ul_step", "skipped_ul_steps", "fallback_ul_steps", "troubles")}
         self.trials.append(row)
         if self.best is None or row["select"] < self.best[0]:

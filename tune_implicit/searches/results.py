@@ -72,10 +72,9 @@ class TrialResult:
         return ul_state
 
     @property
-    def ll_state(self) -> dict[str, Tensor]:
-        """The trained ll model of that report, for ``ll_model.load_state_dict``."""
-        ll_state: dict[str, Tensor] = self._saved()["kept"]["ll_model"]
-        return ll_state
+    def ll_state(self) -> Any:
+        """The trained ll model of that report, for ``ll_model.load_state_dict``; a list of them for several models."""
+        return self._saved()["kept"]["ll_model"]
 
     @property
     def history(self) -> list[Record]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.arguments import at_least, check_callable, check_fields, one_of, ruled
+from tune_implicit.hypergradients.arguments import at_least, check_argument, check_callable, one_of
 
 __all__ = ["INTERVALS", "Averaging", "RunningAverage"]
 
@@ -39,14 +39,16 @@ class Averaging:
         If an argument is of the wrong kind or out of range.
     """
 
-    model: Callable[[nn.Module], AveragedModel] = ruled(("", lambda value: True))
-    interval: str = ruled(one_of(INTERVALS), "step")
-    start: int = ruled(at_least(0), 0)
+    model: Callable[[nn.Module], AveragedModel]
+    interval: str = "step"
+    start: int = 0
     hypergradients: bool = False
 
     def __post_init__(self) -> None:
         check_callable("model", self.model)
-        check_fields(self)
+        check_argument("interval", self.interval, str, one_of(INTERVALS))
+        check_argument("start", self.start, int, at_least(0))
+        check_argument("hypergradients", self.hypergradients, bool)
 
 
 class RunningAverage:
