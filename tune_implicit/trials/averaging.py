@@ -105,6 +105,11 @@ class RunningAverage:
             self._average.update_parameters(self._ll_model)
             self._taken += 1
 
+    def follow_trainable(self) -> None:
+        """Take as trainable in the average what is trainable in the ll model."""
+        for averaged, param in zip(self._average.module.parameters(), self._ll_model.parameters(), strict=True):
+            averaged.requires_grad_(param.requires_grad)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the average; tensors are the live ones."""
         return {"average": self._average.state_dict(), "seen": self._seen, "taken": self._taken}

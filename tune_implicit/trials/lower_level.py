@@ -192,6 +192,8 @@ class LowerLevel:
         if [id(param) for param in params] != [id(param) for param in self._params]:
             self._scheduled.check_all_in(self._model)
             self._params, self._settling = params, Settling(params)
+            if self._average is not None:
+                self._average.follow_trainable()
 
     def add_hypergradient(self) -> Hypergradient:
         """Add the hypergradient on the next batches to ``.grad`` of the ul values, and return it."""

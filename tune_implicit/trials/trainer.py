@@ -14,7 +14,7 @@ from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.hypergradients.vectors import norm_of
 from tune_implicit.trials.lower_level import LowerLevel
-from tune_implicit.trials.optimizers import ScheduledOptimizer
+from tune_implicit.trials.optimizers import ScheduledOptimizer, takes_closure
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.rate import UlRate
 from tune_implicit.trials.settings import ImplicitSettings
@@ -88,19 +88,7 @@ class BilevelTrainer:
         self.ll_lag = math.nan
         self._failures_in_a_row = 0
         self._ul_params = list(named_trainable(problem.ul_model).values())
-        if problem.ul_scheduler is not None and settings.adapt_ul_learning_rate:
-            raise InvalidValueError(
-                "`ul_scheduler` sets the ul rate, and `adapt_ul_learning_rate` would do so as well. Take the setting "
-                "adapt_ul_learning_rate=False with it."
-            )
-        self._scheduled = ScheduledOptimizer(
-            "ul",
-            problem.ul_model,
-            problem.ul_optimizer,
-            settings.ul_learning_rate,
-            problem.ul_scheduler,
-            settings.ul_steps,
-        )
+        self._scheduled = _ul_optimizer(problem, settings)
         self._rate = UlRate(self._scheduled.optimizer, self._ul_params, settings.adapt_ul_learning_rate)
         self._ul_start = [param.detach().clone() for param in self._ul_params]
 
@@ -313,3 +301,26 @@ class BilevelTrainer:
 def _size(values: list[Tensor]) -> float:
     """Return the root of the mean square of all entries."""
     return norm_of(values).item() / math.sqrt(sum(value.numel() for value in values))
+
+
+def _ul_optimizer(problem: BilevelProblem, settings: ImplicitSettings) -> ScheduledOptimizer:
+    """Return the optimizer of the ul values.
+
+    Raises
+    ------
+    InvalidValueError
+        If it cannot follow hypergradients, or its rate would be set twice.
+    """
+    rate, schedule = settings.ul_learning_rate, problem.ul_scheduler
+    if schedule is not None and rate and settings.adapt_ul_learning_rate:
+        raise InvalidValueError(
+            "`ul_scheduler` sets the ul rate, and `adapt_ul_learning_rate` would do so as well. Take the setting "
+            "adapt_ul_learning_rate=False with it."
+        )
+    scheduled = ScheduledOptimizer("ul", problem.ul_model, problem.ul_optimizer, rate, schedule, settings.ul_steps)
+    if takes_closure(scheduled.optimizer):
+        raise InvalidValueError(
+            "`ul_optimizer` must step along a gradient that it is given, got one that evaluates its loss itself, "
+            f"{type(scheduled.optimizer).__name__}. Take e.g. torch.optim.Adam."
+        )
+    return scheduled
