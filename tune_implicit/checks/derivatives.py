@@ -60,7 +60,12 @@ def _second(fixed: FixedProblem, report: CheckReport) -> None:
 
 def exact_copy(fixed: FixedProblem, report: CheckReport | None = None) -> FixedProblem | None:
     """Return the problem in float64, ``None`` where it does not run in that or not twice alike; ``report`` is told."""
-    exact = fixed.doubled()
+    try:
+        exact = fixed.doubled()
+    except InvalidTypeError as error:
+        if report is not None:
+            report.warn("not-in-float64", f"Batches cannot be brought to float64, to compare with differences: {error}")
+        return None
     for level in ("ll", "ul"):
         told = None
         try:

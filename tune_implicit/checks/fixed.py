@@ -13,7 +13,7 @@ from torch.autograd import grad
 
 from tune_implicit.checks.budget import Budget
 from tune_implicit.errors import TuneImplicitError
-from tune_implicit.hypergradients.batches import Batch, map_tensors, moved
+from tune_implicit.hypergradients.batches import Batch, map_tensors, moved, tensors_of
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.guards.twice import named_derivatives, twice_differentiable_kernels
 from tune_implicit.hypergradients.guards.untouched import preserved_buffers, preserved_modes
@@ -100,6 +100,8 @@ class FixedProblem:
         models = {name: copy.deepcopy(getattr(self.problem, name)).double() for name in ("ul_model", "ll_model")}
 
         def double(batch: Batch) -> Batch:
+            if all(not t.is_floating_point() or t.dtype == torch.float64 for t in tensors_of(batch)):
+                return batch
             return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
 
         return replace(

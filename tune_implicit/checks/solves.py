@@ -144,10 +144,10 @@ def _in_rounds(fixed: FixedProblem, problem: BilevelProblem, ways: list[_Way], r
 
 def _solved(problem: BilevelProblem, implicit: Implicit, batches: tuple[Any, Any], seed: int) -> Hypergradient:
     """Return a hypergradient on a validation and a training batch, whose objectives draw the same for each way."""
-    (validate_data, validate_target), (data, target) = batches
+    validate, train = batches
     with preserved_rng():
         seed_everything(seed)
-        result = implicit.compute_gradients(validate_data, validate_target, train_data=data, train_target=target)
+        result = implicit.compute_mean_gradients([validate], [train])
     problem.ul_model.zero_grad()
     return result
 

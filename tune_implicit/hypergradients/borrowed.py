@@ -12,7 +12,6 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -21,7 +20,7 @@ __all__ = [
     "is_weight_norm",
     "leaves_of",
     "map_tensors",
-    "schedulers_in",
+    "mark_stepped",
     "set_backward_hooks",
     "take_backward_hooks",
     "version_of",
@@ -39,10 +38,9 @@ def map_tensors(function: Callable[[Tensor], Any], nested: Any) -> Any:
     return pytree.tree_map_only(Tensor, function, nested)
 
 
-def schedulers_in(scheduler: LRScheduler) -> list[LRScheduler]:
-    """Return a scheduler and those that it is made of."""
-    inside: list[LRScheduler] = getattr(scheduler, "_schedulers", [])
-    return [scheduler, *(other for one in inside for other in schedulers_in(one))]
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers know that ``optimizer`` has stepped before, in another process."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -66,7 +66,7 @@ class RunningAverage:
     InvalidTypeError
         If ``averaging.model`` returns something else.
     InvalidValueError
-        If the model has running statistics that would not be averaged.
+        If the model has running statistics that would not be averaged, or another model is averaged.
     """
 
     def __init__(self, averaging: Averaging, ll_model: nn.Module) -> None:
@@ -76,6 +76,14 @@ class RunningAverage:
             raise InvalidTypeError(
                 f"`model` of Averaging must return a torch.optim.swa_utils.AveragedModel, got "
                 f"{type(self._average).__name__}."
+            )
+        shapes = [
+            [(name, p.shape) for name, p in model.named_parameters()] for model in (self._average.module, ll_model)
+        ]
+        if shapes[0] != shapes[1]:
+            raise InvalidValueError(
+                "`model` of Averaging must average the ll model that it is given, got parameters of other names or "
+                "shapes. Return AveragedModel(ll_model, ...)."
             )
         running = [name for name, _ in ll_model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         if running and not self._average.use_buffers:
@@ -91,10 +99,15 @@ class RunningAverage:
         average: nn.Module = self._average.module if self._taken else self._ll_model
         return average
 
-    @property
-    def hypergradients(self) -> bool:
-        """Whether hypergradients are taken at the averaged weights."""
-        return self._averaging.hypergradients
+    def for_hypergradients(self) -> nn.Module | None:
+        """Return the average, trainable and in training as the ll model is, if hypergradients are taken there."""
+        if not (self._averaging.hypergradients and self._taken):
+            return None
+        for averaged, param in zip(self._average.module.parameters(), self._ll_model.parameters(), strict=True):
+            averaged.requires_grad_(param.requires_grad)
+        for one, other in zip(self._average.module.modules(), self._ll_model.modules(), strict=True):
+            one.training = other.training
+        return self.model
 
     def advance(self, interval: str) -> None:
         """Take in that a step or an epoch has ended."""
@@ -104,11 +117,6 @@ class RunningAverage:
         if self._seen > self._averaging.start:
             self._average.update_parameters(self._ll_model)
             self._taken += 1
-
-    def follow_trainable(self) -> None:
-        """Take as trainable in the average what is trainable in the ll model."""
-        for averaged, param in zip(self._average.module.parameters(), self._ll_model.parameters(), strict=True):
-            averaged.requires_grad_(param.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average; tensors are the live ones."""

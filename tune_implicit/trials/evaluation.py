@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tune_implicit.errors import InvalidTypeError
+from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.batches import Batch, moved, size_of
 from tune_implicit.hypergradients.guards.untouched import preserved_modes
 from tune_implicit.hypergradients.rng import preserved_rng
@@ -14,7 +14,7 @@ from tune_implicit.hypergradients.state import State
 from tune_implicit.trials.problem import BilevelProblem, Metric, SplitMetrics, check_metric_names
 from tune_implicit.trials.splits import batches_of
 
-__all__ = ["evaluate", "evaluate_split", "mean_over", "measure"]
+__all__ = ["check_same_names", "evaluate", "evaluate_split", "mean_over", "measure"]
 
 
 def evaluate(
@@ -101,7 +101,24 @@ def measure(problem: BilevelProblem, ll_model: nn.Module | None = None) -> dict[
 def mean_over(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the means by name over several ll problems."""
     listed = list(each)
+    for one in listed:
+        check_same_names(one, listed[0])
     return {name: sum(one[name] for one in listed) / len(listed) for name in listed[0]}
+
+
+def check_same_names(measured: Iterable[str], before: Iterable[str]) -> None:
+    """Check that the same metrics have been measured as before.
+
+    Raises
+    ------
+    InvalidValueError
+        If not.
+    """
+    if set(measured) != set(before):
+        raise InvalidValueError(
+            f"`metrics` must return the same names each time, got {', '.join(sorted(measured))} after "
+            f"{', '.join(sorted(before))}."
+        )
 
 
 @contextmanager

@@ -1,19 +1,19 @@
 """One ll problem in training: its model, its optimizer, its batches, and its hypergradients."""
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tune_implicit.errors import DivergedError, InvalidTypeError, InvalidValueError
+from tune_implicit.errors import DivergedError, InvalidValueError
 from tune_implicit.hypergradients.batches import Batch, moved
 from tune_implicit.hypergradients.certificate import Hypergradient
 from tune_implicit.hypergradients.guards.losses import scalar_loss
 from tune_implicit.hypergradients.state import State, named_trainable
 from tune_implicit.trials.averaging import RunningAverage
 from tune_implicit.trials.optimizers import ScheduledOptimizer, takes_closure
+from tune_implicit.trials.own_step import OwnStep
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.settling import WINDOW, Settling, promised
@@ -60,18 +60,17 @@ class LowerLevel:
             problem.ll_optimizer,
             settings.ll_learning_rate,
             problem.ll_scheduler,
-            settings.most_ll_steps,
+            _most(problem.ll_scheduler_interval, problem, settings),
         )
         self._takes_closure = takes_closure(self._scheduled.optimizer)
         self._average = None if problem.ll_average is None else RunningAverage(problem.ll_average, self._model)
         self._settling = Settling(self._params)
         self._looks = False  # whether the next gradient is one to look at
-        self._epoch = 0  # passes over the training data that have begun
+        self._epochs = 0  # passes over the training data in which ll steps have been taken
+        self._pass, self._in_epoch = 0, False  # the last of them, and whether it goes on
+        self._own_step: OwnStep | None = None
         if problem.ll_step is not None:
-            _check_own_step(settings)
-        self._may_thaw = problem.on_epoch is not None or problem.ll_step is not None
-        if problem.ll_step is not None:
-            self._scheduled.optimizer.register_step_pre_hook(lambda *_: self._look())
+            self._own_step = OwnStep(problem.ll_step, self._scheduled.optimizer, self._look, settings)
         self._train = BatchStream("train_data", problem.train_data)
         self._validate = BatchStream("validate_data", problem.validate_data)
         self._implicit = problem.implicit(**settings.of_a_solve)
@@ -109,13 +108,15 @@ class LowerLevel:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for left in reversed(range(steps)):
             batches = [self._next(self._train) for _ in range(self._settings.accumulate)]
-            if self._train.passes > self._epoch:
+            if self._train.passes > self._pass:
                 self._begin_epoch()
             self._looks = left < 2 * WINDOW
             total += self._step(batches)
             self.ll_step += 1
             self._end("step")
-        if self.problem.ll_step is not None:
+            if self._train.at_end:
+                self._end_epoch()
+        if self._own_step is not None:
             self._find_trainable()
         mean = total.item() / steps
         if not math.isfinite(mean):
@@ -127,27 +128,21 @@ class LowerLevel:
 
     def _step(self, batches: list[Batch]) -> Tensor | float:
         """Take one ll step, and return its loss."""
-        if self.problem.ll_step is not None:
-            return self._step_of_their_own(batches[0])
-        backward = partial(self._backward, batches)
-        if self._takes_closure:
-            loss: Tensor = self._scheduled.optimizer.step(backward)  # type: ignore[assignment, arg-type]
+        if self._own_step is not None:
+            self.gradient_evaluations += 1
+            return self._own_step.take(self._state(batches[0]))
+        if not self._takes_closure:
+            loss = self._backward(batches)
+            self._scheduled.optimizer.step()
             return loss
-        loss = backward()
-        self._scheduled.optimizer.step()
-        return loss
+        losses: list[Tensor] = []
 
-    def _step_of_their_own(self, batch: Batch) -> Tensor | float:
-        assert self.problem.ll_step is not None, "a step of the user's own is what is taken here"
-        with torch.enable_grad():
-            loss = self.problem.ll_step(self._state(batch), self._scheduled.optimizer)
-        self.gradient_evaluations += 1
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            return loss.detach().reshape(())
-        if not isinstance(loss, int | float):
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InvalidTypeError(f"`ll_step` must return the loss of its step, a number, got {got}.")
-        return loss
+        def closure() -> Tensor:
+            losses.append(self._backward(batches))
+            return losses[-1]
+
+        self._scheduled.optimizer.step(closure)  # type: ignore[arg-type]
+        return losses[0]
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Set the ll parameters' ``.grad`` and return the loss; optimizers may call it several times a step."""
@@ -172,13 +167,17 @@ class LowerLevel:
             self._looks = False
 
     def _begin_epoch(self) -> None:
-        """End the pass over the training data before this one, and begin this one."""
-        if self._epoch:
-            self._end("epoch")
-        self._epoch = self._train.passes
+        self._end_epoch()  # where the data did not tell that it was over
+        self._pass, self._in_epoch = self._train.passes, True
         if self.problem.on_epoch is not None:
-            self.problem.on_epoch(self._model, self._epoch - 1)
+            self.problem.on_epoch(self._model, self._epochs)
             self._find_trainable()
+        self._epochs += 1
+
+    def _end_epoch(self) -> None:
+        if self._in_epoch:
+            self._in_epoch = False
+            self._end("epoch")
 
     def _end(self, interval: str) -> None:
         if self.problem.ll_scheduler_interval == interval:
@@ -187,20 +186,30 @@ class LowerLevel:
             self._average.advance(interval)
 
     def _find_trainable(self) -> None:
-        """Look which parameters are trained from here on."""
+        """Look which parameters are trained from here on.
+
+        Raises
+        ------
+        InvalidValueError
+            If there are none.
+        """
         params = list(named_trainable(self._model).values())
+        if not params:
+            raise InvalidValueError(
+                "`on_epoch` and `ll_step` must leave something to train, got an ll model that is frozen."
+            )
         if [id(param) for param in params] != [id(param) for param in self._params]:
             self._scheduled.check_all_in(self._model)
             self._params, self._settling = params, Settling(params)
-            if self._average is not None:
-                self._average.follow_trainable()
 
     def add_hypergradient(self) -> Hypergradient:
         """Add the hypergradient on the next batches to ``.grad`` of the ul values, and return it."""
         settings = self._settings
         validate = [self._next(self._validate) for _ in range(settings.ul_batches)]
         train = [self._next(self._train) for _ in range(settings.ul_batches * settings.accumulate)]
-        at = self._average.model if self._average is not None and self._average.hypergradients else None
+        if self._train.at_end or self._train.passes > self._pass:
+            self._end_epoch()
+        at = None if self._average is None else self._average.for_hypergradients()
         hypergradient = self._implicit.compute_mean_gradients(validate, train, at)
         self._count(hypergradient.hvps)
         return hypergradient
@@ -238,12 +247,13 @@ class LowerLevel:
         return {
             "model": self._model.state_dict(),
             "trainable": list(named_trainable(self._model)),
+            "training": [name for name, module in self._model.named_modules() if module.training],
             "optimizer": self._scheduled.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "settling": self._settling.state_dict(),
             "implicit": self._implicit.state_dict(),
             "data": {"train": self._train.state_dict(), "validate": self._validate.state_dict()},
-            "epoch": self._epoch,
+            "epoch": [self._epochs, self._pass, self._in_epoch],
             "counters": [self.ll_step, self.hvps, self.gradient_evaluations],
         }
 
@@ -256,7 +266,9 @@ class LowerLevel:
             As torch does where they are not.
         """
         self._model.load_state_dict(state["model"])
-        if self._may_thaw:
+        for name, module in self._model.named_modules():
+            module.training = name in state["training"]
+        if self.problem.on_epoch is not None or self._own_step is not None:
             for name, param in self._model.named_parameters():
                 param.requires_grad_(name in state["trainable"])
             self._find_trainable()
@@ -271,22 +283,16 @@ class LowerLevel:
         self._implicit.load_state_dict(state["implicit"])
         self._train.load_state_dict(state["data"]["train"])
         self._validate.load_state_dict(state["data"]["validate"])
-        self._epoch = state["epoch"]
+        self._epochs, self._pass, self._in_epoch = state["epoch"]
         self.ll_step, self.hvps, self.gradient_evaluations = state["counters"]
 
 
-def _check_own_step(settings: ImplicitSettings) -> None:
-    """Check that no setting is given that is for the built-in ll step alone.
-
-    Raises
-    ------
-    InvalidValueError
-        If one is: it would have no effect.
-    """
-    without = {"accumulate": 1, "max_ll_gradient_norm": None}
-    for name, value in without.items():
-        if getattr(settings, name) != value:
-            raise InvalidValueError(
-                f"`{name}` must be {value} beside a problem's own `ll_step`, got {getattr(settings, name)!r}. It is "
-                "for the built-in step: do it in your own."
-            )
+def _most(interval: str, problem: BilevelProblem, settings: ImplicitSettings) -> int | None:
+    """Return the most ll steps, or epochs, that a trial takes; ``None`` where the data have no length."""
+    if interval == "step":
+        return settings.most_ll_steps
+    steps = settings.most_ll_steps + settings.ul_steps * settings.ul_batches * (settings.ul_learning_rate > 0)
+    try:
+        return math.ceil(steps * settings.accumulate / len(problem.train_data))  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,20 +1,28 @@
 """Optimizers and their schedules as a user makes them: made, stepped, resumed."""
 
+import copy
 import inspect
+import io
+import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.borrowed import schedulers_in
+from tune_implicit.hypergradients.borrowed import mark_stepped
 
 __all__ = ["OptimizerFactory", "ScheduledOptimizer", "SchedulerFactory", "quick_adam", "takes_closure"]
 
 # The name of a factory's first parameter that asks for pairs of name and parameter.
 _NAMED = ("named_parameters", "named_params")
+
+
+# What the classes of torch call the length of a schedule.
+_LENGTHS = ("steps", "total_steps", "T_max", "total_iters")
 
 
 class OptimizerFactory(Protocol):
@@ -55,8 +63,8 @@ class ScheduledOptimizer:
         Given to it as ``lr``.
     schedule : SchedulerFactory, optional
         Makes the scheduler.
-    steps : int
-        The most steps that a trial takes.
+    steps : int, optional
+        The most steps, or epochs, that a trial takes; ``None`` where that is not known.
 
     Raises
     ------
@@ -73,7 +81,7 @@ class ScheduledOptimizer:
         make: OptimizerFactory,
         learning_rate: float,
         schedule: SchedulerFactory | None,
-        steps: int,
+        steps: int | None,
     ) -> None:
         self._name = name
         named = list(model.named_parameters())
@@ -85,8 +93,10 @@ class ScheduledOptimizer:
             )
         self.check_all_in(model)
         self._scheduler: LRScheduler | None = None
+        self._steps: int | None = None  # what the schedule has been told
         if schedule is not None:
-            self._scheduler = schedule(*(self.optimizer, steps)[: 1 + _requires_steps(schedule)])
+            self._steps = self._length_for(schedule, steps)
+            self._scheduler = schedule(self.optimizer, *([] if self._steps is None else [self._steps]))
             if not isinstance(self._scheduler, LRScheduler):
                 raise InvalidTypeError(
                     f"`{name}_scheduler` must return a scheduler of torch.optim.lr_scheduler, got "
@@ -94,6 +104,33 @@ class ScheduledOptimizer:
                 )
         # As the settings made them, before any step or loaded state changes them.
         self._own_options = _options(self.optimizer)
+        self._own_schedule = self._schedule()
+        _check_storable(name, {"optimizer": self._own_options, "scheduler": self._own_schedule})
+
+    def _length_for(self, schedule: SchedulerFactory, steps: int | None) -> int | None:
+        """Return how many steps to tell a schedule, ``None`` where it does not ask.
+
+        Raises
+        ------
+        InvalidTypeError
+            If a scheduler's class requires something else.
+        InvalidValueError
+            If it asks, and that is not known.
+        """
+        asks = next((p for p in _positional(schedule)[1:2] if p.default is inspect.Parameter.empty), None)
+        if asks is None:
+            return None
+        if isinstance(schedule, type | partial) and asks.name not in _LENGTHS:
+            raise InvalidTypeError(
+                f"`{self._name}_scheduler` must be callable with an optimizer, or with the steps of a trial as well, "
+                f"got one that requires `{asks.name}`. Give it by functools.partial(..., {asks.name}=...)."
+            )
+        if steps is None:
+            raise InvalidValueError(
+                f"`{self._name}_scheduler` requires the epochs of a trial, which are not known for data without a "
+                "length. Let it be called with the optimizer alone."
+            )
+        return steps
 
     def check_all_in(self, model: nn.Module) -> None:
         """Check that the optimizer moves every parameter of ``model`` that is to be trained.
@@ -119,7 +156,10 @@ class ScheduledOptimizer:
 
     def advance(self) -> None:
         """Go on in the schedule by one step or epoch."""
-        if self._scheduler is not None and not isinstance(self._scheduler, ReduceLROnPlateau):
+        if self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
+            return
+        # One that has loaded another's progress may be at its end.
+        if self._steps is None or self._scheduler.last_epoch < self._steps:
             self._scheduler.step()
 
     def see(self, loss: float) -> None:
@@ -131,29 +171,35 @@ class ScheduledOptimizer:
         """Return the state of both and the options as constructed; tensors are the live ones."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scheduler": self._schedule(),
             "options": self._own_options,
+            "schedule": self._own_schedule,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, with its own options wherever the two were constructed differently.
 
         ``Optimizer.load_state_dict`` brings back the donor's. Those the two share are left as loaded: an optimizer may
-        keep state of its own among them, which an exact resume needs. A learning rate with a schedule is where the
-        donor's schedule has brought it, in units of where it started.
+        keep state of its own among them, which an exact resume needs. With a schedule, a learning rate is where the
+        donor's has brought it, in units of where it started, and goes on as its own schedule says.
         """
         self.optimizer.load_state_dict(state["optimizer"])
-        scheduled = [] if self._scheduler is None or state["scheduler"] is None else schedulers_in(self._scheduler)
-        if scheduled:
-            scheduled[0].load_state_dict(state["scheduler"])
+        scheduled = self._scheduler is not None and state["scheduler"] is not None
         for group, own, donor in zip(self.optimizer.param_groups, self._own_options, state["options"], strict=True):
+            reached, start = group.get("lr"), "initial_lr" if "initial_lr" in own and "initial_lr" in donor else "lr"
             for key, value in own.items():
                 if key not in donor or donor[key] != value:
-                    follows = scheduled and key == "lr" and donor.get(key)
-                    group[key] = group[key] * value / donor[key] if follows else value
-        if self._own_options != state["options"]:
-            for scheduler in scheduled:
-                scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+                    group[key] = _copied(value)
+            if self._scheduler is None and state["scheduler"] is not None and "lr" in own:
+                group["lr"] = _copied(own["lr"])  # the donor's is where its schedule has brought it
+            if scheduled and start in own:
+                group["lr"] = reached if own[start] == donor[start] else reached * (own[start] / donor[start])
+        if self._scheduler is not None and scheduled:
+            self._scheduler.load_state_dict(_own_of(state["scheduler"], self._own_schedule, state["schedule"]))
+            mark_stepped(self.optimizer)
+
+    def _schedule(self) -> dict[str, Any] | None:
+        return None if self._scheduler is None else copy.deepcopy(self._scheduler.state_dict())
 
 
 def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -164,7 +210,23 @@ def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return each parameter group's options, such as ``lr`` and ``betas``, without its parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [
+        {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+
+
+def _copied(value: Any) -> Any:
+    """Return an option as it is now: a learning rate that is a tensor is changed in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _own_of(loaded: Any, own: Any, donor: Any) -> Any:
+    """Return ``loaded`` with what is its own wherever the two schedules were constructed differently."""
+    if isinstance(loaded, dict) and isinstance(own, dict) and isinstance(donor, dict):
+        return type(loaded)({key: _own_of(loaded[key], own.get(key), donor.get(key)) for key in loaded})
+    if isinstance(loaded, list) and any(isinstance(part, dict) for part in loaded):
+        return [_own_of(*parts) for parts in zip(loaded, own, donor, strict=True)]
+    return loaded if own == donor else own
 
 
 def _positional(factory: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -179,6 +241,22 @@ def _first_parameter(factory: Callable[..., Any]) -> str:
     return next((parameter.name for parameter in _positional(factory)), "")
 
 
-def _requires_steps(schedule: Callable[..., Any]) -> bool:
-    """Return whether a second argument is required: one with a default has another meaning."""
-    return any(parameter.default is inspect.Parameter.empty for parameter in _positional(schedule)[1:2])
+def _check_storable(level: str, states: dict[str, Any]) -> None:
+    """Check that an optimizer and its schedule can be saved, and loaded as data.
+
+    Raises
+    ------
+    InvalidTypeError
+        If one holds something else than numbers, strings, tensors and containers of them.
+    """
+    for kind, state in states.items():
+        file = io.BytesIO()
+        try:
+            torch.save(state, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise InvalidTypeError(
+                f"`{level}_{kind}` must hold what a checkpoint can, numbers, strings and tensors, got another kind, "
+                f"such as a NumPy number (take float(...)) or a function: {str(error).splitlines()[0]}"
+            ) from error

@@ -62,9 +62,9 @@ class BilevelProblem:
     ul_optimizer : callable(params, lr=...) -> Optimizer
         By default Adam with ``betas=(0.5, 0.9)``: it is to turn as soon as the hypergradients do.
     ll_scheduler, ul_scheduler : callable(optimizer) or callable(optimizer, steps) -> LRScheduler, optional
-        Any of ``torch.optim.lr_scheduler``; ``steps`` are the most that a trial takes, and given where a second
-        argument is required. The ul schedule goes on with each ul step that is taken, and needs the setting
-        ``adapt_ul_learning_rate=False``. A ReduceLROnPlateau follows the validation loss of each report.
+        Any of ``torch.optim.lr_scheduler``; ``steps`` are the most steps, or epochs, that a trial takes, and given
+        where a second argument is required. The ul schedule goes on with each ul step that is taken, and needs the
+        setting ``adapt_ul_learning_rate=False``. A ReduceLROnPlateau follows the validation loss of each report.
     ll_scheduler_interval : {"step", "epoch"}, default "step"
         Whether the ll schedule goes on after each ll step or after each pass over ``train_data``.
     ll_average : Averaging, optional
@@ -76,8 +76,8 @@ class BilevelProblem:
         anything else is not in the checkpoint. Other parameters of its own, such as an adversary's, belong into
         ``ll_model`` with ``requires_grad=False`` between steps. A step counts as one gradient.
     on_epoch : callable(ll_model, epoch), optional
-        Called before the first ll step of each pass over ``train_data``, with the number of passes before it, e.g. to
-        thaw a frozen backbone.
+        Called before the first ll step of each pass over ``train_data``, with how many passes had ll steps before, e.g.
+        to thaw a frozen backbone. Batches that hypergradients take are part of a pass.
     project : callable(ul_model), optional
         Called after each ul step, without gradients, to put constrained ul values back into their set in place.
 
@@ -115,6 +115,8 @@ class BilevelProblem:
             if getattr(self, name) is not None:
                 check_callable(name, getattr(self, name))
         check_argument("ll_scheduler_interval", self.ll_scheduler_interval, str, one_of(INTERVALS))
+        if self.ll_scheduler is None and self.ll_scheduler_interval != "step":
+            raise InvalidValueError("`ll_scheduler_interval` must go with an `ll_scheduler`, got it without one.")
         check_argument("ll_average", self.ll_average, Averaging | None, ("an Averaging or None", lambda value: True))
         self._check_metrics()
         if isinstance(self.ll_model, list | tuple):

@@ -115,9 +115,9 @@ class ImplicitSettings(SolverSettings):
 
     @property
     def most_ll_steps(self) -> int:
-        """The most ll steps that a trial takes."""
+        """The most ll steps that a trial takes, 1 or more."""
         each = self.ll_steps if isinstance(self.ll_steps, int) else self.max_ll_steps
-        return self.warmup_ll_steps + self.ul_steps * each
+        return max(1, self.warmup_ll_steps + self.ul_steps * each)
 
     @property
     def of_a_solve(self) -> dict[str, Any]:

@@ -146,6 +146,14 @@ class BatchStream:
         return batch
 
     @property
+    def at_end(self) -> bool:
+        """Whether the last batch of a pass has been read, as far as the data tell how many there are."""
+        try:
+            return self._position == len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return False
+
+    @property
     def passes(self) -> int:
         """How many passes over the data have begun."""
         return self._passes

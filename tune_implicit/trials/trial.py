@@ -16,7 +16,7 @@ from tune_implicit.hypergradients.rng import seed_everything
 from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
-from tune_implicit.trials.evaluation import evaluate, mean_over, measure
+from tune_implicit.trials.evaluation import check_same_names, evaluate, mean_over, measure
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.record import (
     COSTS,
@@ -252,7 +252,9 @@ class Trial:
 
     def _losses(self, steps: list[Step]) -> Record:
         measured = mean_over(measure(part, model) for part, model in self._parts())
-        self._metrics = [name for name in measured if name != "select_loss"]
+        names = [name for name in measured if name != "select_loss"]
+        check_same_names(names, self._metrics or names)
+        self._metrics = names
         validate = [step.hypergradient.ul_loss for step in steps if step.hypergradient is not None]
         train = [step.train_loss for step in steps if not math.isnan(step.train_loss)]
         return {
