@@ -706,3 +706,42 @@ def test_message_of_an_ll_model_that_is_frozen_whole() -> None:
     problem = regression(on_epoch=lambda model, epoch: model.requires_grad_(False))
     with pytest.raises(InvalidValueError, match="must leave something to train, got an ll model that is frozen"):
         BilevelTrainer(problem, PLAIN).step()
+
+
+class OfEach(nn.Module):
+    """A value for each of two ll problems, and one that none uses."""
+
+    def __init__(self, spare: bool) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.tensor(-2.0, dtype=torch.float64)) for _ in range(2))
+        if spare:
+            self.spare = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+
+class Counted(nn.Linear):
+    def __init__(self, name: str) -> None:
+        super().__init__(3, 1, dtype=torch.float64)
+        self.name = name
+
+
+def penalised(state: State) -> torch.Tensor:
+    value = getattr(state.ul_model, state.ll_model.name)
+    return mse_loss(state.ll_model(state.data), state.target) + value.exp() * state.ll_model.weight.square().sum()
+
+
+def of_each(spare: bool = False) -> BilevelProblem:
+    parts = {"ul_model": OfEach(spare), "ll_model": [Counted("first"), Counted("second")], "ll_objective": penalised}
+    return regression(**parts, train_data=[pairs(0)] * 2, validate_data=[pairs(1)] * 2, select_data=None)
+
+
+def test_ul_values_that_one_of_several_ll_problems_uses_are_learned() -> None:
+    trainer = BilevelTrainer(of_each(), ImplicitSettings(ll_learning_rate=0.05))
+    for _ in range(3):
+        trainer.step()
+    assert all(param.item() != -2.0 for param in trainer.problem.ul_model.parameters())
+
+
+def test_message_of_a_ul_value_that_none_of_several_ll_problems_uses() -> None:
+    trainer = BilevelTrainer(of_each(spare=True), ImplicitSettings(ll_learning_rate=0.05))
+    with pytest.raises(InvalidValueError, match="Neither objective uses the ul model's 'spare'"):
+        trainer.step()

@@ -13,7 +13,7 @@ from tune_implicit.hypergradients.arguments import check_callable
 from tune_implicit.hypergradients.batches import Batch
 from tune_implicit.hypergradients.certificate import Hypergradient, certified
 from tune_implicit.hypergradients.first_order import FirstDerivatives, coarsest
-from tune_implicit.hypergradients.guards.losses import check_devices, check_used, scalar_loss
+from tune_implicit.hypergradients.guards.losses import check_devices, check_used, scalar_loss, unused_among
 from tune_implicit.hypergradients.guards.twice import (
     check_derivatives,
     check_twice_differentiable,
@@ -143,7 +143,11 @@ class Implicit:
         return self.compute_mean_gradients([validate], [train], auxiliary_model)
 
     def compute_mean_gradients(
-        self, validate: Sequence[Batch], train: Sequence[Batch], auxiliary_model: nn.Module | None = None
+        self,
+        validate: Sequence[Batch],
+        train: Sequence[Batch],
+        auxiliary_model: nn.Module | None = None,
+        allow_unused: bool = False,
     ) -> Hypergradient:
         """Do as :meth:`compute_gradients`, for the means of both losses over several batches of one size.
 
@@ -154,6 +158,8 @@ class Implicit:
             Objectives draw the same random numbers for each.
         auxiliary_model : Module, optional
             The trained ll model, where it is another object than ``ll_model``.
+        allow_unused : bool, default False
+            Whether there may be ul values that neither objective uses; they have no gradient then.
 
         Returns
         -------
@@ -199,8 +205,10 @@ class Implicit:
 
         terms = dict(zip(ul_params, zip(first.direct, mixed, strict=True), strict=True))
         idle = {name: ul_params[name] for name, (d, m) in terms.items() if d is None is m}
-        check_used(idle, [*first.losses, *second.losses])
-        gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items()}
+        unused = unused_among(idle, [*first.losses, *second.losses])
+        if not allow_unused:
+            check_used(unused)
+        gradients = {name: _difference(d, m, ul_params[name]) for name, (d, m) in terms.items() if name not in unused}
         direct = {name: d for name, (d, _) in terms.items() if d is not None}
         losses = first.losses, second.losses
         result = certified(

@@ -1,6 +1,7 @@
 """One ll problem in training: its model, its optimizer, its batches, and its hypergradients."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class LowerLevel:
         With one ll model, which is trained in place.
     settings : ImplicitSettings
         Of the trial.
+    alone : bool, default True
+        Whether each ul value must be used in it, as there is no other ll problem.
 
     Raises
     ------
@@ -47,10 +50,10 @@ class LowerLevel:
         Cost so far in gradients: 1 for each, 2 for each hvp and each mixed product.
     """
 
-    def __init__(self, problem: BilevelProblem, settings: ImplicitSettings) -> None:
+    def __init__(self, problem: BilevelProblem, settings: ImplicitSettings, alone: bool = True) -> None:
         self.problem = problem
         self.ll_step = self.hvps = self.gradient_evaluations = 0
-        self._settings = settings
+        self._settings, self._alone = settings, alone
         self._model: nn.Module = problem.ll_model
         self._params = list(named_trainable(self._model).values())
         self._device = self._params[0].device
@@ -210,7 +213,7 @@ class LowerLevel:
         if self._train.at_end or self._train.passes > self._pass:
             self._end_epoch()
         at = None if self._average is None else self._average.for_hypergradients()
-        hypergradient = self._implicit.compute_mean_gradients(validate, train, at)
+        hypergradient = self._implicit.compute_mean_gradients(validate, train, at, allow_unused=not self._alone)
         self._count(hypergradient.hvps)
         return hypergradient
 
@@ -225,7 +228,7 @@ class LowerLevel:
         # Both halves of one batch cost one gradient more.
         self.gradient_evaluations += validate == 1 and settings.stop == "noise"
 
-    def follow(self, hypergradient: Hypergradient | None, moves: list[Tensor]) -> None:
+    def follow(self, hypergradient: Hypergradient | None, moves: Mapping[str, Tensor]) -> None:
         """Take in a ul step: its hypergradient, ``None`` where it was not taken, and by how much ul values moved."""
         if hypergradient is None:
             self._settling.begin(None, 0.0)

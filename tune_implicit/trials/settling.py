@@ -1,7 +1,7 @@
 """How far the ll model has followed a ul step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -99,16 +99,16 @@ class Settling:
         self._v, self._promised, self._left = v.to(device) if fits else None, state["promised"], []
 
 
-def promised(hypergradient: Hypergradient, moved: Sequence[Tensor]) -> float:
+def promised(hypergradient: Hypergradient, moved: Mapping[str, Tensor]) -> float:
     """Return the decrease of the ul loss that a ul step promises by way of the ll weights.
 
     Parameters
     ----------
     hypergradient : Hypergradient
         That of the step.
-    moved : sequence of Tensor
-        By how much each ul value has moved in it, in the order of the hypergradient's.
+    moved : mapping of str to Tensor
+        By how much each ul value has moved in it.
     """
     direct = hypergradient.direct
     implicit = [g - direct[name] if name in direct else g for name, g in hypergradient.gradients.items()]
-    return -inner(implicit, moved).item()
+    return -inner(implicit, [moved[name] for name in hypergradient.gradients]).item()

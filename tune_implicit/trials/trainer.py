@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tune_implicit.errors import CheckpointError, InvalidValueError, SolveError
 from tune_implicit.hypergradients.certificate import Hypergradient, mean_of
+from tune_implicit.hypergradients.guards.losses import check_used
 from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.hypergradients.vectors import norm_of
@@ -80,17 +81,17 @@ class BilevelTrainer:
     def __init__(self, problem: BilevelProblem, settings: ImplicitSettings) -> None:
         self.problem = problem
         self.settings = settings
-        self.levels = [LowerLevel(part, settings) for part in problem.parts]
+        self.levels = [LowerLevel(part, settings, alone=len(problem.parts) == 1) for part in problem.parts]
         self.ul_step = 0
         self.skipped_ul_steps = 0
         self.fallback_ul_steps = 0
         self.lagging_ul_steps = 0
         self.ll_lag = math.nan
         self._failures_in_a_row = 0
-        self._ul_params = list(named_trainable(problem.ul_model).values())
+        self._ul_params = named_trainable(problem.ul_model)
         self._scheduled = _ul_optimizer(problem, settings)
-        self._rate = UlRate(self._scheduled.optimizer, self._ul_params, settings.adapt_ul_learning_rate)
-        self._ul_start = [param.detach().clone() for param in self._ul_params]
+        self._rate = UlRate(self._scheduled.optimizer, list(self._ul_params.values()), settings.adapt_ul_learning_rate)
+        self._ul_start = [param.detach().clone() for param in self._ul_params.values()]
 
     def step(self) -> Step:
         """Take ``ll_steps`` ll optimizer steps, and before the first also ``warmup_ll_steps``; then one ul step.
@@ -146,9 +147,10 @@ class BilevelTrainer:
         hypergradient = mean_of(each)
         if not hypergradient.answers:
             for level in self.levels:
-                level.follow(None, [])
+                level.follow(None, {})
             self._failed(hypergradient)
             return hypergradient
+        check_used([name for name in self._ul_params if name not in hypergradient.gradients])
         self._failures_in_a_row = 0
         self.fallback_ul_steps += any(len(one.attempts) > 1 for one in each)
         moves = self._move(hypergradient)
@@ -156,16 +158,16 @@ class BilevelTrainer:
             level.follow(one, moves)
         return hypergradient
 
-    def _move(self, hypergradient: Hypergradient) -> list[Tensor]:
+    def _move(self, hypergradient: Hypergradient) -> dict[str, Tensor]:
         """Move the ul values along the hypergradients in ``.grad``, and return by how much."""
         if len(self.levels) > 1:
-            for param in self._ul_params:
+            for param in self._ul_params.values():
                 if param.grad is not None:
                     param.grad /= len(self.levels)
         project = None if self.problem.project is None else partial(self.problem.project, self.problem.ul_model)
         moves = self._rate.step(hypergradient.ul_loss, project)
         self._scheduled.advance()
-        return moves
+        return dict(zip(self._ul_params, moves, strict=True))
 
     def see_report(self, validate_loss: float) -> None:
         """Show a report's validation loss to schedules that follow one."""
@@ -208,7 +210,7 @@ class BilevelTrainer:
     @property
     def ul_moved(self) -> float:
         """How far the ul values are from where they started, as the root of their mean square."""
-        moved = [param.detach() - start for param, start in zip(self._ul_params, self._ul_start, strict=True)]
+        moved = [param.detach() - start for param, start in zip(self._ul_params.values(), self._ul_start, strict=True)]
         return _size(moved)
 
     @property
@@ -288,7 +290,9 @@ class BilevelTrainer:
                 f"The state does not fit this problem: {error} A setting that changes a model's shape, such as its "
                 "width, cannot be changed between saving and loading."
             ) from error
-        self._ul_start = [start.to(param) for start, param in zip(state["ul_start"], self._ul_params, strict=True)]
+        self._ul_start = [
+            start.to(param) for start, param in zip(state["ul_start"], self._ul_params.values(), strict=True)
+        ]
         self._rate.load_state_dict(state["rate"])
         for level, saved in zip(self.levels, state["levels"], strict=True):
             level.load_rest(saved)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from tune_implicit.errors import DetachedError, InvalidTypeError, InvalidValueError
-from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss
+from tune_implicit.hypergradients.guards.losses import Loss, check_devices, check_used, scalar_loss, unused_among
 
 CPU = torch.device("cpu")
 
@@ -112,8 +112,9 @@ def test_a_graph_with_more_paths_than_nodes_is_followed_node_by_node() -> None:
 
 def test_parameters_that_enter_a_loss_are_used() -> None:
     in_ul, in_ll = weights(), weights()
-    check_used({"one": in_ul, "two": in_ll}, [Loss(in_ul.sum()), Loss(in_ll.sum())])
-    check_used({}, [Loss(in_ul.sum()), Loss(in_ll.sum())])
+    assert unused_among({"one": in_ul, "two": in_ll}, [Loss(in_ul.sum()), Loss(in_ll.sum())]) == []
+    assert unused_among({}, [Loss(in_ul.sum()), Loss(in_ll.sum())]) == []
+    check_used([])
 
 
 def test_message_of_parameters_that_enter_neither_loss() -> None:
@@ -122,4 +123,4 @@ def test_message_of_parameters_that_enter_neither_loss() -> None:
     with pytest.raises(
         InvalidValueError, match=r"^Neither objective uses the ul model's 'rate', 'decay',.* belongs to the search\.$"
     ):
-        check_used(params, [Loss(used.sum()), Loss(weights().sum())])
+        check_used(unused_among(params, [Loss(used.sum()), Loss(weights().sum())]))

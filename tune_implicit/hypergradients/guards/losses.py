@@ -9,7 +9,7 @@ from torch import Tensor
 from tune_implicit.errors import DetachedError, InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.batches import tensors_of
 
-__all__ = ["Loss", "check_devices", "check_used", "scalar_loss"]
+__all__ = ["Loss", "check_devices", "check_used", "scalar_loss", "unused_among"]
 
 
 def scalar_loss(name: str, loss: object) -> Tensor:
@@ -81,18 +81,22 @@ class Loss:
         return {id(leaf) for node in self.nodes() if (leaf := getattr(node, "variable", None)) is not None}
 
 
-def check_used(params: Mapping[str, Tensor], losses: Sequence[Loss]) -> None:
-    """Check that each of ``params``, whose derivative is structurally zero, at least enters one of the losses.
+def unused_among(params: Mapping[str, Tensor], losses: Sequence[Loss]) -> list[str]:
+    """Return the names of those of ``params``, whose derivative is structurally zero, that enter none of the losses."""
+    if not params:
+        return []
+    reached = set().union(*(loss.leaves() for loss in losses))
+    return [name for name, param in params.items() if id(param) not in reached]
+
+
+def check_used(unused: Sequence[str]) -> None:
+    """Check that there are no ul values that neither objective uses: nothing would ever move them.
 
     Raises
     ------
     InvalidValueError
-        If one does not: nothing would ever move it.
+        If there are.
     """
-    if not params:
-        return
-    reached = set().union(*(loss.leaves() for loss in losses))
-    unused = [name for name, param in params.items() if id(param) not in reached]
     if unused:
         raise InvalidValueError(
             f"Neither objective uses the ul model's {', '.join(map(repr, unused))}, so no hypergradient can move it. "
