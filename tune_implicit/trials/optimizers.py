@@ -20,7 +20,6 @@ __all__ = ["OptimizerFactory", "ScheduledOptimizer", "SchedulerFactory", "quick_
 # The name of a factory's first parameter that asks for pairs of name and parameter.
 _NAMED = ("named_parameters", "named_params")
 
-
 # What the classes of torch call the length of a schedule.
 _LENGTHS = ("steps", "total_steps", "T_max", "total_iters")
 
@@ -190,9 +189,11 @@ class ScheduledOptimizer:
             for key, value in own.items():
                 if key not in donor or donor[key] != value:
                     group[key] = _copied(value)
-            if self._scheduler is None and state["scheduler"] is not None and "lr" in own:
+            if start not in own or state["scheduler"] is None:
+                continue
+            if not scheduled or not donor[start]:
                 group["lr"] = _copied(own["lr"])  # the donor's is where its schedule has brought it
-            if scheduled and start in own:
+            else:
                 group["lr"] = reached if own[start] == donor[start] else reached * (own[start] / donor[start])
         if self._scheduler is not None and scheduled:
             self._scheduler.load_state_dict(_own_of(state["scheduler"], self._own_schedule, state["schedule"]))
