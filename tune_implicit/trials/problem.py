@@ -117,7 +117,12 @@ class BilevelProblem:
         check_argument("ll_scheduler_interval", self.ll_scheduler_interval, str, one_of(INTERVALS))
         if self.ll_scheduler is None and self.ll_scheduler_interval != "step":
             raise InvalidValueError("`ll_scheduler_interval` must go with an `ll_scheduler`, got it without one.")
-        check_argument("ll_average", self.ll_average, Averaging | None, ("an Averaging or None", lambda value: True))
+        check_argument(
+            "ll_average",
+            self.ll_average,
+            Averaging | None,
+            ("None or an Averaging, e.g. Averaging(model=AveragedModel)", lambda value: True),
+        )
         self._check_metrics()
         if isinstance(self.ll_model, list | tuple):
             self._check_lists()
