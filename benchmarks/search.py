@@ -306,7 +306,8 @@ def draw(results: Results, seconds: float, path: Path) -> None:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.xaxis.set_minor_formatter("")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
         axes.legend(frameon=False, fontsize=8)
     for axes in grid[len(results) :]:
         axes.remove()
