@@ -29,9 +29,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The benchmarks but `hypergradient.py` and `statuses.py` need Debian's package dataset-fashion-mnist.
+# The benchmarks but `hypergradient.py`, `loop.py` and `statuses.py` need Debian's package dataset-fashion-mnist.
 benchmark: setup
 	$(BIN)/python benchmarks/hypergradient.py --output benchmarks/results/hypergradient.md
+	$(BIN)/python benchmarks/loop.py --output benchmarks/results/loop.md
 	$(BIN)/python benchmarks/statuses.py --output benchmarks/results/statuses.md
 	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results
 

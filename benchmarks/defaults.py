@@ -25,6 +25,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from tasks import TASKS, Task
 
 from tune_implicit import BilevelProblem
 from tune_implicit.errors import DivergedError
-from tune_implicit.trials import rate, settling
+from tune_implicit.trials import lower_level, rate, settling, trainer
 from tune_implicit.trials.optimizers import OptimizerFactory, quick_adam
 from tune_implicit.trials.trial import Trial
 
@@ -209,7 +210,10 @@ def constants(cases: list[Case], page: Page) -> None:
     records = {"as they are": [case.values() for case in cases]}
     for module, name, values in CONSTANTS:
         for value in values:
-            with patch.object(module, name, value):
+            rooms = [room for room in (module, lower_level, trainer) if hasattr(room, name)]  # that have imported it
+            with ExitStack() as stack:
+                for room in rooms:
+                    stack.enter_context(patch.object(room, name, value))
                 records[f"`{module.__name__.rpartition('.')[2]}.{name}` = {value:g}"] = [c.values() for c in cases]
     write_beside(records, page)
 
