@@ -104,8 +104,7 @@ def test_rate_grows_while_hypergradients_stay_as_they_are(optimizer: OptimizerFa
     assert seen[0] == 1  # the first hypergradient has no step to be compared with
     assert all(later > earlier for earlier, later in itertools.pairwise(seen))
     assert seen[-1] > 2
-    assert walk.rate.value == pytest.approx(0.01 * seen[-1])
-    assert walk.lrs() == [walk.rate.value]
+    assert walk.lrs() == [pytest.approx(0.01 * seen[-1])]
 
 
 @every_optimizer
@@ -187,7 +186,7 @@ def test_constant_rate_is_the_plain_optimizer(optimizer: OptimizerFactory) -> No
         assert torch.equal(walk.point(), plain.detach())
         assert torch.equal(walk.params[0].grad, gradient)
     assert walk.lrs() == [0.3]
-    assert (walk.rate.factor, walk.rate.value) == (1.0, 0.3)
+    assert walk.rate.factor == 1.0
 
 
 # ---- what a step promises
@@ -220,7 +219,7 @@ def test_step_that_promises_too_much_of_the_loss_is_shortened(optimizer: Optimiz
     # It keeps its direction, and the rate goes down with it.
     torch.testing.assert_close(walk.point() / predicted, plain.point() / unbounded)
     assert walk.rate.factor < 1
-    assert walk.lrs() == [walk.rate.value]
+    assert walk.lrs() == [10.0 * walk.rate.factor]
 
 
 def test_step_that_promises_little_is_taken_as_it_is() -> None:
@@ -315,7 +314,6 @@ def test_parameter_groups_keep_their_ratio() -> None:
     first, second = walk.lrs()
     assert first > 0.2
     assert second == pytest.approx(first / 100)
-    assert walk.rate.value == first
 
 
 def test_constraint_is_kept_by_a_shortened_step_and_counted_in_what_is_promised() -> None:
@@ -411,5 +409,4 @@ def test_optimizer_without_a_rate_has_none_to_adapt() -> None:
     walk = Walk(tensor(0), optimizer=Fixed, adapts=False)
     walk.step(tensor(1))
     assert walk.point().item() == pytest.approx(-0.1)
-    assert math.isnan(walk.rate.value)
     walk.rate.load_state_dict(walk.rate.state_dict())

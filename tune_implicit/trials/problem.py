@@ -26,6 +26,8 @@ SplitMetrics = Callable[[Iterator[State]], Mapping[str, Tensor | float]]
 LlStep = Callable[[State, torch.optim.Optimizer], Tensor | float]
 
 _SPLITS = ("train_data", "validate_data", "select_data")
+_CALLABLES = ("ul_objective", "ll_objective", "ll_optimizer", "ul_optimizer")
+_OPTIONAL_CALLABLES = ("ll_scheduler", "ul_scheduler", "ll_step", "on_epoch", "project")
 
 NO_SELECT_DATA = (
     "Without `select_data` trials are compared on `validate_data`, which their ul steps minimised: the search then "
@@ -217,7 +219,3 @@ def check_metric_names(names: Iterable[str]) -> None:
         raise InvalidValueError(
             f"`metrics` must not use names that a trial itself reports, got {', '.join(sorted(taken))}. Rename them."
         )
-
-
-_CALLABLES = ("ul_objective", "ll_objective", "ll_optimizer", "ul_optimizer")
-_OPTIONAL_CALLABLES = ("ll_scheduler", "ul_scheduler", "ll_step", "on_epoch", "project")

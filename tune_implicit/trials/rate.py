@@ -94,11 +94,6 @@ class UlRate:
         self._losses: list[float] = []  # of the last steps, and what those have promised
         self._promises: list[float] = []
 
-    @property
-    def value(self) -> float:
-        """The rate of the first parameter group; NaN where the optimizer has none."""
-        return float(self._starts[0]) * self.factor
-
     def step(self, ul_loss: float, project: Callable[[], object] | None = None) -> list[Tensor]:
         """Take a step along the gradients in ``.grad``, and return by how much each of the parameters has moved.
 
