@@ -45,6 +45,7 @@ from tasks import TASKS, Task
 from torch import Tensor
 
 from tune_implicit import BilevelProblem, ImplicitObjective, LearningWarning, State, recommended_space
+from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.trial import Trial
 
 SAMPLERS: dict[str, Callable[[int, int], BaseSampler | None]] = {
@@ -90,7 +91,7 @@ class Search:
         self.used += time.process_time() - start
         trial = self.study.get_trials(deepcopy=False)[-1]
         artifact = self.folder / trial.user_attrs["checkpoint"]
-        saved = torch.load(artifact, weights_only=True)
+        saved = read_checkpoint(artifact)
         artifact.unlink()
         if trial.state is not TrialState.COMPLETE or self.used > seconds:
             return
@@ -127,7 +128,7 @@ class Search:
             trial.advance()
         with tempfile.TemporaryDirectory() as folder:
             trial.save(Path(folder) / "trial.pt")
-            return self.test(torch.load(Path(folder) / "trial.pt", weights_only=True)["kept"]["ll_model"])
+            return self.test(read_checkpoint(Path(folder) / "trial.pt")["kept"]["ll_model"])
 
     def result(self) -> dict[str, Any]:
         """Return what is kept of the search."""

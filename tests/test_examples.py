@@ -11,6 +11,7 @@ import torch
 from optuna.distributions import IntDistribution
 
 from tune_implicit import BilevelProblem, ImplicitSettings, check
+from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.trial import Trial
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -128,7 +129,7 @@ def test_without_ul_steps_a_trial_stops_early_where_the_plain_script_does(
     assert trial.ended_by == "patience"
     assert trial.trainer.ll_step == len(trained.log)
     trial.save(tmp_path / "trial.pt")
-    assert _same(torch.load(tmp_path / "trial.pt", weights_only=True)["kept"]["ll_model"], trained.best)
+    assert _same(read_checkpoint(tmp_path / "trial.pt")["kept"]["ll_model"], trained.best)
 
 
 def test_from_pytorch_keeps_the_lines_of_the_plain_script():

@@ -16,10 +16,11 @@ from tune_implicit.errors import CheckpointError, DivergedError, SolveError
 from tune_implicit.hypergradients.rng import seed_everything
 from tune_implicit.hypergradients.solvers.solution import Status
 from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.checkpoint import FORMAT_VERSION
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.record import COUNTERS, LEARNING
 from tune_implicit.trials.settings import ImplicitSettings
-from tune_implicit.trials.trainer import FORMAT_VERSION, BilevelTrainer
+from tune_implicit.trials.trainer import BilevelTrainer
 
 SETTINGS = ImplicitSettings(ll_steps=3, k=3, warmup_ll_steps=2, ul_learning_rate=0.1)
 

@@ -14,6 +14,7 @@ from tune_implicit.hypergradients.guards.losses import check_used
 from tune_implicit.hypergradients.rng import get_rng_state, set_rng_state
 from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.hypergradients.vectors import norm_of
+from tune_implicit.trials.checkpoint import FORMAT_VERSION
 from tune_implicit.trials.lower_level import LowerLevel
 from tune_implicit.trials.optimizers import ScheduledOptimizer, takes_closure
 from tune_implicit.trials.problem import BilevelProblem
@@ -21,11 +22,9 @@ from tune_implicit.trials.rate import UlRate
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.settling import WINDOW
 
-__all__ = ["FORMAT_VERSION", "BilevelTrainer", "Step"]
+__all__ = ["BilevelTrainer", "Step"]
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 4
 
 # What a trainer counts itself.
 _COUNTERS = ("ul_step", "skipped_ul_steps", "fallback_ul_steps", "lagging_ul_steps")
