@@ -13,7 +13,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tests.support.toy import MistakeError
 from tune_implicit.searches.engines.ray_tune.borrowed import (
+    REPEAT,
     RESULT_KEYS,
+    SAVE_NOW,
     completed_trials,
     raised_by,
     study_of,
@@ -34,6 +36,11 @@ def test_all_that_tune_adds_to_a_result_is_known() -> None:
     tiny.stop()
     assert len(result) > 10
     assert set(result) - RESULT_KEYS == {"loss", "timesteps_this_iter", "episodes_this_iter"}
+
+
+def test_what_tune_is_asked_and_asks_by_name() -> None:
+    assert (REPEAT, SAVE_NOW) == ("__trial_index__", "should_checkpoint")
+    assert SAVE_NOW in RESULT_KEYS
 
 
 def test_a_searchers_study_and_trials_are_there() -> None:

@@ -1,5 +1,6 @@
 """ImplicitTrainable: by itself, and in an ordinary Tuner."""
 
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -10,13 +11,24 @@ from typing import Any
 import pytest
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search import Repeater
+from ray.tune.search.optuna import OptunaSearch
 from torch import Tensor
 
 from tests.support import toy
 from tests.support.noisy import assert_same_bits
 from tests.support.toy import on_optuna
 from tests.support.working import finish
-from tune_implicit import BilevelProblem, ImplicitTrainable, InvalidValueError, LearningWarning, State
+from tune_implicit import (
+    BilevelProblem,
+    ImplicitTrainable,
+    InvalidTypeError,
+    InvalidValueError,
+    LearningWarning,
+    State,
+    StorageError,
+)
+from tune_implicit.searches.engines.ray_tune.borrowed import REPEAT, SAVE_NOW
 from tune_implicit.trials.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from tune_implicit.trials.trial import Trial
 
@@ -31,13 +43,17 @@ Make = Callable[..., ImplicitTrainable]
 
 @pytest.fixture
 def trainable() -> Iterator[Make]:
-    """Make a trainable of a config, and of what `setup` may have besides."""
+    """Make a trainable of a config, and of what `setup` may have besides, which is ``passed``."""
     made = []
 
     def make(
-        problem: Any = toy.problem, metric: str = "select_loss", mode: str = "min", **config: Any
+        problem: Any = toy.problem,
+        metric: str = "select_loss",
+        mode: str = "min",
+        passed: dict[str, Any] | None = None,
+        **config: Any,
     ) -> ImplicitTrainable:
-        passed = tune.with_parameters(ImplicitTrainable, problem=problem, metric=metric, mode=mode)
+        passed = tune.with_parameters(ImplicitTrainable, problem=problem, metric=metric, mode=mode, **(passed or {}))
         made.append(passed(config=toy.SETTINGS | toy.PARAMS | config))
         return made[-1]
 
@@ -184,6 +200,112 @@ def test_a_mistake_is_raised_by_the_first_step_and_not_by_the_worker_that_begins
         one.train()
 
 
+# ---- a trial that is completed
+
+
+def test_a_completed_trial_that_is_restored_reports_its_last_record_again(trainable: Make, tmp_path: Path) -> None:
+    one = trainable()
+    last = [one.train() for _ in range(3)][-1]
+    one.save(str(tmp_path))
+    other = trainable()
+    other.restore(str(tmp_path))
+    again = other.train()
+    assert again["done"]
+    assert again["completed"]
+    for name in ("select_loss", "ul_step", "ended_by", "kept_value", "gradient_evaluations"):
+        assert again[name] == last[name]
+
+
+@pytest.mark.parametrize("own_steps", [1, 3, 4])
+def test_a_trial_that_loads_a_donor_beyond_its_own_ul_steps_is_completed(
+    trainable: Make, tmp_path: Path, own_steps: int
+) -> None:
+    donor = trainable()
+    records = [donor.train() for _ in range(2)]
+    donor.save(str(tmp_path))
+    heir = trainable(ul_steps=own_steps)
+    heir.restore(str(tmp_path))
+    record = heir.train()
+    assert (record["done"], record["completed"], record["ended_by"], record["ul_step"]) == (True, True, "steps", 4)
+    assert record["select_loss"] == min(record["select_loss"] for record in records)
+
+
+# ---- repeats
+
+
+def test_a_repeat_differs_by_its_seed_alone(trainable: Make) -> None:
+    ends = {
+        (seed, repeat): trainable(seed=seed, **({} if repeat is None else {REPEAT: repeat})).train()["select_loss"]
+        for seed, repeat in [(0, None), (0, 0), (0, 2), (2, None), (1, 1)]
+    }
+    assert ends[0, None] == ends[0, 0] != ends[0, 2]
+    assert ends[0, 2] == ends[2, None] == ends[1, 1]
+
+
+def test_a_repeat_without_a_seed_counts_from_the_default(trainable: Make) -> None:
+    assert trainable(**{REPEAT: 1}).train()["select_loss"] == trainable(seed=1).train()["select_loss"]
+
+
+def test_a_seed_that_is_none_is_told_by_name_in_a_repeat_as_well(trainable: Make) -> None:
+    with pytest.raises(InvalidTypeError, match="`seed` must be an integer, got 'one'"):
+        trainable(seed="one", **{REPEAT: 1}).train()
+
+
+# ---- saves while a trial runs
+
+
+def test_a_trial_that_runs_asks_for_a_save_when_one_is_due(trainable: Make, tmp_path: Path) -> None:
+    one = trainable(passed={"save_every_s": 0})
+    assert one.train()[SAVE_NOW]
+    one.save(str(tmp_path))
+    assert 0 < one._saves._wait_s < 60  # it has heard how long that took
+    one._saves.saved(1000)
+    assert SAVE_NOW not in one.train()
+    one._saves.saved(0)
+    # Tune saves a trial that ends without being asked.
+    last = one.train()
+    assert last["done"]
+    assert SAVE_NOW not in last
+
+
+@pytest.mark.parametrize("passed", [{}, {"save_every_s": math.inf}])
+def test_a_short_trial_asks_for_no_save(trainable: Make, passed: dict[str, Any]) -> None:
+    one = trainable(passed=passed)
+    assert not any(SAVE_NOW in one.train() for _ in range(3))
+
+
+def test_a_reused_worker_counts_from_the_start_of_its_next_trial(trainable: Make) -> None:
+    one = trainable(passed={"save_every_s": 0})
+    one.train()
+    one._saves.saved(1000)
+    one.reset(toy.SETTINGS | toy.PARAMS)
+    assert one.train()[SAVE_NOW]
+
+
+def test_a_time_between_saves_that_is_none_is_raised_by_the_first_step(trainable: Make) -> None:
+    one = trainable(passed={"save_every_s": -1})
+    with pytest.raises(InvalidValueError, match="`save_every_s` must be 0 or more, got -1"):
+        one.train()
+
+
+@pytest.mark.parametrize("where", ["writing", "copying"])
+def test_a_checkpoint_that_cannot_be_written_says_what_to_free(
+    trainable: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    one = trainable()
+    one.train()
+    if where == "writing":
+        monkeypatch.setattr(Trial, "save", full)
+    else:
+        monkeypatch.setattr(tune.Trainable, "save", full)
+    place = rf"'{tmp_path}'" if where == "writing" else "where its Tuner keeps them"
+    with pytest.raises(StorageError, match=rf"cannot be written to {place}: .*No space left.*Free space.*`output`"):
+        one.save(str(tmp_path))
+
+
 def test_a_missing_select_data_is_told(trainable: Make) -> None:
     one = trainable(problem=toy.two_splits)
     with pytest.warns(UserWarning, match=r"Without `select_data`.*Hold out a third split"):
@@ -199,6 +321,25 @@ def test_tunes_own_search_space_and_variant_generator(tuned: Callable[..., Any])
     assert not results.errors
     assert sorted(result.config["k"] for result in results) == [1, 3]
     assert all(result.metrics["completed"] for result in results)
+
+
+def test_repeats_of_tunes_repeater_run_to_their_end(tuned: Callable[..., Any]) -> None:
+    search_alg = Repeater(OptunaSearch(toy.SPACE, metric="select_loss", mode="min"), repeat=2)
+    results = tuned(search_alg=search_alg, num_samples=2)
+    assert not results.errors
+    assert sorted(result.config[REPEAT] for result in results) == [0, 1]
+    assert len({result.metrics["select_loss"] for result in results}) == 2
+
+
+def test_a_trial_that_asks_is_saved_while_it_runs(ray_session: None, tmp_path: Path) -> None:
+    (result,) = tune.Tuner(
+        tune.with_parameters(ImplicitTrainable, problem=toy.problem, save_every_s=0),
+        param_space=toy.SETTINGS | toy.PARAMS,
+        run_config=tune.RunConfig(storage_path=str(tmp_path), name="ray", verbose=0),
+    ).fit()
+    saved = [metrics["ul_step"] for _, metrics in result.best_checkpoints]
+    assert saved[0] == 2
+    assert saved[-1] == 5
 
 
 def test_a_trial_whose_worker_died_after_its_best_report_keeps_that(ray_session: None, tmp_path: Path) -> None:

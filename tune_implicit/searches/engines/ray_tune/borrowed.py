@@ -10,13 +10,20 @@ import optuna
 from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS
+from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, SHOULD_CHECKPOINT
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.repeater import TRIAL_INDEX
 
-__all__ = ["RESULT_KEYS", "completed_trials", "raised_by", "study_of", "trials_of"]
+__all__ = ["REPEAT", "RESULT_KEYS", "SAVE_NOW", "completed_trials", "raised_by", "study_of", "trials_of"]
 
-# What Tune adds to every result, besides the config.
-RESULT_KEYS = frozenset({*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, "done"})
+# The entry of a result that asks Tune for a checkpoint.
+SAVE_NOW: str = SHOULD_CHECKPOINT
+
+# The key that Tune's Repeater adds to a config: which repeat of it this is, from 0.
+REPEAT: str = TRIAL_INDEX
+
+# What Tune adds to every result, besides the config, and what it is asked for there.
+RESULT_KEYS = frozenset({*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, "done", SAVE_NOW})
 
 
 def study_of(searcher: OptunaSearch) -> optuna.Study:
