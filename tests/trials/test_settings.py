@@ -8,6 +8,9 @@ from tune_implicit.hypergradients.settings import SolverSettings
 from tune_implicit.hypergradients.solvers.conjugate_gradient import ConjugateGradient
 from tune_implicit.trials.settings import SETTINGS, ImplicitSettings
 
+# Settings that may also be None.
+OPTIONAL = ("max_ll_gradient_norm", "max_gradient_evaluations")
+
 
 def test_from_config_takes_its_own_and_leaves_the_rest() -> None:
     settings = ImplicitSettings.from_config({"k": 3, "solver": "cg", "width": 64})
@@ -22,8 +25,9 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
     assert [settings.k, settings.ll_steps, settings.seed, settings.rtol, settings.tolerance] == [3, 5, 7, 0.5, 0.0]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        assert type(value) is field.type or field.name in ("step_size", "ll_steps", "max_ll_gradient_norm")
+        assert type(value) is field.type or field.name in ("step_size", "ll_steps", *OPTIONAL)
     assert type(settings.ll_steps) is int
+    assert type(ImplicitSettings(max_gradient_evaluations=np.float64(9.0)).max_gradient_evaluations) is int
     assert type(ImplicitSettings(step_size=np.float32(0.5)).step_size) is float
     assert type(ImplicitSettings(verify=np.bool_(True)).verify) is bool
 
@@ -41,6 +45,7 @@ def test_numbers_of_search_engines_become_plain_ones() -> None:
         ("ul_steps", [0, -1], "1 or more"),
         ("min_ll_steps", [0, -1], "1 or more"),
         ("max_ll_steps", [0, -1], "1 or more"),
+        ("max_gradient_evaluations", [0, -1], "positive"),
         ("warmup_ll_steps", [-1], "0 or more"),
         ("ul_batches", [0, -1], "1 or more"),
         ("ul_steps_per_report", [0], "1 or more"),
@@ -65,6 +70,7 @@ def test_message_of_a_value_out_of_range(name: str, values: list, rule: str) -> 
         ("solver", [None, 3, ConjugateGradient(1)], "a string"),
         ("ll_steps", [1.5, True, None, [3]], '0 or more, or "auto"'),
         ("ul_batches", [1.5, "2", None], "an integer"),
+        ("max_gradient_evaluations", [1.5, "9", True, math.inf], "positive"),
         ("adapt_ul_learning_rate", [1, "yes", None], "True or False"),
         ("keep", [None, True], "a string"),
     ],

@@ -235,6 +235,11 @@ def scored(*scores: float, mode: str = "min", **config: Any) -> Trial:
     return Trial(linear_problem, config, scripted(*scores), "score", mode)
 
 
+def history_of(trial: Trial) -> list[dict[str, Any]]:
+    finish(trial)
+    return trial.history
+
+
 def models_of(trial: Trial) -> dict[str, Any]:
     return copy.deepcopy({name: getattr(trial.problem, name).state_dict() for name in ("ul_model", "ll_model")})
 
@@ -303,6 +308,55 @@ def test_patience_is_counted_from_the_best_report() -> None:
 def test_patience_of_zero_never_ends_a_trial() -> None:
     record = finish(scored(*range(1, 13), patience=0))
     assert (record["ul_step"], record["ended_by"]) == (12, "steps")
+
+
+def test_budget_completes_a_trial_at_its_first_report_that_has_cost_as_much() -> None:
+    costs = [entry["gradient_evaluations"] for entry in history_of(scored(4.0, 1.0, 3.0, 2.0))]
+    for budget, reports in [(1, 1), (costs[0], 1), (costs[0] + 1, 2), (costs[2], 3)]:
+        trial = scored(4.0, 1.0, 3.0, 2.0, max_gradient_evaluations=budget)
+        record = finish(trial)
+        assert (record["ended_by"], record["completed"], record["ul_step"]) == ("budget", True, reports)
+        assert [entry["completed"] for entry in trial.history] == [False] * (reports - 1) + [True]
+        assert record["gradient_evaluations"] == costs[reports - 1]
+        assert record["kept_ul_step"] == min(2, reports)
+        assert trial.advance() == trial.record
+
+
+def test_budget_is_one_end_among_others() -> None:
+    costs = [entry["gradient_evaluations"] for entry in history_of(scored(1.0, 2.0, 3.0))]
+    for settings, ended_by in [
+        ({}, "steps"),
+        ({"max_gradient_evaluations": costs[2]}, "steps"),
+        ({"max_gradient_evaluations": costs[2] + 1}, "steps"),
+        ({"max_gradient_evaluations": costs[1], "patience": 1}, "budget"),
+        ({"max_gradient_evaluations": costs[2], "patience": 1}, "patience"),
+    ]:
+        assert finish(scored(1.0, 2.0, 3.0, **settings))["ended_by"] == ended_by
+    diverged = finish(scored(1.0, math.nan, max_gradient_evaluations=costs[0] + 1))
+    assert diverged["ended_by"] == "divergence"
+
+
+def test_trial_with_a_budget_resumes_in_the_same_bits(tmp_path: Path) -> None:
+    def noisy(config: dict[str, Any]) -> BilevelProblem:
+        return random_problem()
+
+    config = {"ul_steps": 20, "ul_steps_per_report": 2, "min_ll_steps": 2, "max_ll_steps": 4, "k": 2}
+    trial, resumed = (Trial(noisy, config | {"max_gradient_evaluations": 70}) for _ in range(2))
+    trial.advance()
+    trial.save(tmp_path / "trial.pt")
+    record = finish(trial)
+    expected = copy.deepcopy(trial.trainer.state_dict())
+    resumed.load(tmp_path / "trial.pt")
+    assert finish(resumed) == record
+    assert (record["ended_by"], 2 < record["ul_step"] < 20) == ("budget", True)
+    assert resumed.history == trial.history
+    assert_same_bits(resumed.trainer.state_dict(), expected)
+    # With more of a budget it goes on, and what another trial has cost counts.
+    for budget, completed in [(10_000, False), (1, True)]:
+        heir = Trial(noisy, config | {"max_gradient_evaluations": budget})
+        trial.save(tmp_path / "trial.pt")
+        heir.load(tmp_path / "trial.pt")
+        assert heir.completed is completed
 
 
 def test_trial_that_diverges_after_a_report_keeps_the_best_one(tmp_path: Path) -> None:

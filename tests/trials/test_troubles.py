@@ -82,6 +82,17 @@ def test_trial_whose_ul_values_hardly_move() -> None:
     assert "at a rate of 1e-09" in sentences(record)["unmoved"]
 
 
+def test_trial_that_its_budget_ended_is_told_of_it() -> None:
+    assert told(last_record(max_gradient_evaluations=1)) == []
+    record = last_record(ul_learning_rate=1e-9, adapt_ul_learning_rate=False, max_gradient_evaluations=1)
+    assert (told(record), record["ended_by"]) == (["unmoved"], "budget")
+    assert sentences(record)["unmoved"].endswith("or a larger `max_gradient_evaluations`.")
+    spent = LEARNED | {"select_loss": 3.0, "troubles": "worse"}
+    assert "first step. Take a smaller `ll_learning_rate`" in sentences(spent)["worse"]
+    spent["ended_by"] = "budget"
+    assert "take a larger `max_gradient_evaluations`. Or take a smaller `ll_lear" in sentences(spent)["worse"]
+
+
 def test_trial_whose_ul_values_run_away() -> None:
     record = last_record(ul_learning_rate=100.0, adapt_ul_learning_rate=False, keep="last")
     assert "ran-away" in told(record)

@@ -3,10 +3,24 @@
 import math
 from typing import Any
 
+from torch import nn
+
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.hypergradients.certificate import Hypergradient
+from tune_implicit.hypergradients.state import named_trainable
 
-__all__ = ["COSTS", "COUNTERS", "LEARNING", "LOSSES", "RESERVED", "Record", "certificate", "check_metric", "finite"]
+__all__ = [
+    "COSTS",
+    "COUNTERS",
+    "LEARNING",
+    "LOSSES",
+    "RESERVED",
+    "Record",
+    "certificate",
+    "check_metric",
+    "finite",
+    "quantiles_of",
+]
 
 Record = dict[str, Any]
 
@@ -63,6 +77,9 @@ STATE = (
 
 RESERVED = frozenset({*LOSSES, *CERTIFICATE, *COUNTERS, *LEARNING, *STATE, LL_RATE})
 
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+QUANTILE_SAMPLE = 10_000
+
 
 def certificate(hypergradient: Hypergradient | None) -> Record:
     """Return the metrics of the last hypergradient; what a failed solve leaves without a finite value is left out."""
@@ -75,6 +92,18 @@ def certificate(hypergradient: Hypergradient | None) -> Record:
 def finite(values: Record) -> Record:
     """Return ``values`` without the numbers that are not finite: no engine is told of them."""
     return {name: value for name, value in values.items() if isinstance(value, str) or math.isfinite(value)}
+
+
+def quantiles_of(ul_model: nn.Module) -> dict[str, list[float]]:
+    """Return the quantiles of the ul values, by parameter name."""
+    quantiles = {}
+    for name, param in named_trainable(ul_model).items():
+        values = param.detach().reshape(-1)
+        # An evenly spaced sample shows the spread of millions as well as a sort of all of them.
+        values = values[:: max(1, len(values) // QUANTILE_SAMPLE)].double().sort().values
+        ranks = [round(quantile * (len(values) - 1)) for quantile in QUANTILES]
+        quantiles[name] = values[ranks].tolist()
+    return quantiles
 
 
 def check_metric(metric: str, mode: str) -> None:

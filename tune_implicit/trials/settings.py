@@ -14,8 +14,8 @@ __all__ = ["SETTINGS", "ImplicitSettings"]
 # "auto", or how many.
 _LL_STEPS: Rule = ('0 or more, or "auto"', lambda value: value == "auto" or (isinstance(value, int) and value >= 0))
 
-# None, or a length.
-_NORM: Rule = ("positive", lambda value: value is None or value > 0)
+# None, or a length or an amount.
+_POSITIVE: Rule = ("positive", lambda value: value is None or value > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class ImplicitSettings(SolverSettings):
         The least and the most that ``"auto"`` takes; the most wins.
     ul_steps : int, default 100
         ul steps in all; a trial is completed after them.
+    max_gradient_evaluations : int, optional
+        A trial is completed at its first report by which it has cost so many gradients, as ``gradient_evaluations`` of
+        its records counts them: 1 for each, 2 for each hvp and each mixed product. What a loaded checkpoint has cost
+        counts. Schedules are still made for ``ul_steps``.
     warmup_ll_steps : int, default 0
         ll optimizer steps before the first ul step, besides its own ``ll_steps``.
     accumulate : int, default 1
@@ -93,9 +97,10 @@ class ImplicitSettings(SolverSettings):
     min_ll_steps: int = ruled(at_least(1), 10)
     max_ll_steps: int = ruled(at_least(1), 40)
     ul_steps: int = ruled(at_least(1), 100)
+    max_gradient_evaluations: int | None = ruled(_POSITIVE, None)
     warmup_ll_steps: int = ruled(at_least(0), 0)
     accumulate: int = ruled(at_least(1), 1)
-    max_ll_gradient_norm: float | None = ruled(_NORM, None)
+    max_ll_gradient_norm: float | None = ruled(_POSITIVE, None)
     ul_batches: int = ruled(at_least(1), 1)
     ul_steps_per_report: int = ruled(at_least(1), 5)
     keep: str = ruled(one_of(("best", "last")), "best")

@@ -13,7 +13,6 @@ from torch import nn
 
 from tune_implicit.errors import DivergedError, InvalidTypeError, SolveError
 from tune_implicit.hypergradients.rng import seed_everything
-from tune_implicit.hypergradients.state import named_trainable
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
 from tune_implicit.trials.evaluation import check_same_names, evaluate, mean_over, measure
@@ -28,6 +27,7 @@ from tune_implicit.trials.record import (
     certificate,
     check_metric,
     finite,
+    quantiles_of,
 )
 from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer, Step
@@ -42,9 +42,6 @@ __all__ = [
 ]
 
 ProblemFactory = Callable[..., BilevelProblem]
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-QUANTILE_SAMPLE = 10_000
 
 
 class Reporter(Protocol):
@@ -112,11 +109,20 @@ class Trial:
 
     @property
     def ended_by(self) -> str:
-        """What completed the trial: its ``"steps"``, its ``"patience"``, ``"divergence"``; empty while it goes on."""
+        """What completed the trial: the first of these that did, and an empty string while it goes on.
+
+        ``"divergence"`` after a report; ``"steps"``, all ``ul_steps``; ``"budget"``, its ``max_gradient_evaluations``;
+        ``"patience"``.
+        """
         if self._divergence:
             return "divergence"
-        if self.history and self.history[-1]["ul_step"] >= self.settings.ul_steps:
+        if not self.history:
+            return ""
+        last, budget = self.history[-1], self.settings.max_gradient_evaluations
+        if last["ul_step"] >= self.settings.ul_steps:
             return "steps"
+        if budget is not None and last["gradient_evaluations"] >= budget:
+            return "budget"
         reports, patience = len(self.history), self.settings.patience
         waited = reports - self._best["report"] if self._best is not None else 0
         return "patience" if 0 < patience <= waited else ""
@@ -168,7 +174,7 @@ class Trial:
             self.history[-1] |= self._ending()
             return self.record
         self.check_config()
-        self.history.append(record | {"ul_quantiles": self._ul_quantiles()})
+        self.history.append(record | {"ul_quantiles": quantiles_of(self.problem.ul_model)})
         self._keep(record)
         self.history[-1] |= self._ending()
         return record | self._ending()
@@ -285,16 +291,6 @@ class Trial:
         counted = {name: getattr(self.trainer, name) for name in COUNTERS}
         counted |= finite({LL_RATE: self.trainer.ll_rate})
         return counted | {"completed": False, "selected_on": self.problem.selected_on}
-
-    def _ul_quantiles(self) -> dict[str, list[float]]:
-        quantiles = {}
-        for name, param in named_trainable(self.problem.ul_model).items():
-            values = param.detach().reshape(-1)
-            # An evenly spaced sample shows the spread of millions as well as a sort of all of them.
-            values = values[:: max(1, len(values) // QUANTILE_SAMPLE)].double().sort().values
-            ranks = [round(quantile * (len(values) - 1)) for quantile in QUANTILES]
-            quantiles[name] = values[ranks].tolist()
-        return quantiles
 
     def save(self, path: Path) -> None:
         """Write the trial to the file ``path``, which holds either the whole trial or what it held before."""

@@ -60,8 +60,8 @@ TROUBLES = {
         lambda record: _moved(record) < _HARDLY * min(1.0, _scale(record)) and _taken(record) > 0,
         lambda record: (
             f"The ul values hardly moved, by {record['ul_moved']:.1g} (root mean square) in {record['ul_step']} ul "
-            f"steps, at a rate of {record['ul_rate']:.1g} in the end: take a larger `ul_learning_rate`, or more "
-            "`ul_steps`."
+            f"steps, at a rate of {record['ul_rate']:.1g} in the end: take a larger `ul_learning_rate`, or "
+            + ("a larger `max_gradient_evaluations`." if _ran_short(record) else "more `ul_steps`.")
         ),
         at_end=True,
     ),
@@ -77,8 +77,13 @@ TROUBLES = {
         lambda record: record.get("start_loss") is not None and record["select_loss"] > record["start_loss"],
         lambda record: (
             f"The trial ended worse than it began: its select_loss is {record['select_loss']:.4g}, and was "
-            f"{record['start_loss']:.4g} before the first step. Take a smaller `ll_learning_rate` or "
-            "`ul_learning_rate`, and run `tune-implicit check`."
+            f"{record['start_loss']:.4g} before the first step. "
+            + (
+                "Its budget ended it: take a larger `max_gradient_evaluations`. Or take"
+                if _ran_short(record)
+                else "Take"
+            )
+            + " a smaller `ll_learning_rate` or `ul_learning_rate`, and run `tune-implicit check`."
         ),
         at_end=True,
     ),
@@ -112,6 +117,11 @@ def _scale(record: Record) -> float:
 def _taken(record: Record) -> int:
     """Return how many ul steps were not skipped."""
     return int(record["ul_step"]) - int(record["skipped_ul_steps"])
+
+
+def _ran_short(record: Record) -> bool:
+    """Return whether a trial ended by its budget, before its last ul step: it may only have had too few of them."""
+    return bool(record["ended_by"] == "budget")
 
 
 def troubles_of(record: Record) -> list[str]:
