@@ -16,6 +16,7 @@ from tune_implicit.hypergradients.rng import seed_everything
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
 from tune_implicit.trials.evaluation import check_same_names, evaluate, mean_over, measure
+from tune_implicit.trials.memory import memory_told
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.record import (
     COSTS,
@@ -80,8 +81,11 @@ class Trial:
     ------
     InvalidTypeError, InvalidValueError
         If the config holds a setting out of range, the problem is not one, or ``mode`` would take the largest loss.
+    torch.OutOfMemoryError
+        If memory runs out as the problem is made, on whatever device.
     """
 
+    @memory_told()
     def __init__(
         self,
         problem: ProblemFactory,
@@ -141,6 +145,7 @@ class Trial:
         # Anew: what has been loaded may end a trial with this one's settings.
         return last | (self._kept_losses() if self.completed else {}) | self._ending()
 
+    @memory_told()
     def advance(self) -> Record:
         """Take the ul steps up to the next report, and return its record of flat scalars.
 
@@ -158,6 +163,8 @@ class Trial:
             If a loss or a metric is not finite, and there is no report to keep.
         SolveError
             If a solve failed and ``on_failure`` is ``"raise"``.
+        torch.OutOfMemoryError
+            If memory runs out, on whatever device.
         InvalidValueError
             On the first call, if the config has a key that no one reads.
         """
