@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tune_implicit.errors import DivergedError, InvalidTypeError, SolveError
 from tune_implicit.hypergradients.rng import seed_everything
@@ -31,6 +31,7 @@ from tune_implicit.trials.record import (
     quantiles_of,
 )
 from tune_implicit.trials.settings import ImplicitSettings
+from tune_implicit.trials.start import start_from
 from tune_implicit.trials.trainer import BilevelTrainer, Step
 from tune_implicit.trials.troubles import troubles_of
 
@@ -70,6 +71,9 @@ class Trial:
         The second argument of ``problem``, where there is one.
     metric, mode : str, default "select_loss" and "min"
         By which entry of its records its best report is found, and whether ``"min"`` or ``"max"`` of it is best.
+    initial_ul_state : mapping of str to Tensor, optional
+        What the ul values start from, in place of those that the problem was made with: e.g. the ``ul_state`` of
+        another trial. It is copied. A checkpoint that is loaded takes its place.
 
     Attributes
     ----------
@@ -80,7 +84,8 @@ class Trial:
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        If the config holds a setting out of range, the problem is not one, or ``mode`` would take the largest loss.
+        If the config holds a setting out of range, the problem is not one, ``mode`` would take the largest loss, or
+        ``initial_ul_state`` does not fit the ul model.
     torch.OutOfMemoryError
         If memory runs out as the problem is made, on whatever device.
     """
@@ -93,6 +98,7 @@ class Trial:
         data: Any = None,
         metric: str = "select_loss",
         mode: str = "min",
+        initial_ul_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_metric(metric, mode)
         self.settings = ImplicitSettings.from_config(config)
@@ -109,6 +115,8 @@ class Trial:
             raise InvalidTypeError(f"`problem(config)` must return a BilevelProblem, got {type(made).__name__}.")
         self.problem = made
         self._metrics = list(made.metric_names)
+        if initial_ul_state is not None:
+            start_from(made.ul_model, initial_ul_state)  # before the trainer: it remembers where they start
         self.trainer = BilevelTrainer(made, self.settings)
 
     @property
