@@ -17,6 +17,7 @@ from tune_implicit.searches.engines.ray_tune.borrowed import (
     RESULT_KEYS,
     SAVE_NOW,
     completed_trials,
+    is_client,
     raised_by,
     study_of,
     trials_of,
@@ -41,6 +42,10 @@ def test_all_that_tune_adds_to_a_result_is_known() -> None:
 def test_what_tune_is_asked_and_asks_by_name() -> None:
     assert (REPEAT, SAVE_NOW) == ("__trial_index__", "should_checkpoint")
     assert SAVE_NOW in RESULT_KEYS
+
+
+def test_this_process_is_no_client() -> None:
+    assert not is_client()
 
 
 def test_a_searchers_study_and_trials_are_there() -> None:

@@ -13,8 +13,9 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, SHOULD_CHECKPOINT
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.repeater import TRIAL_INDEX
+from ray.util import client
 
-__all__ = ["REPEAT", "RESULT_KEYS", "SAVE_NOW", "completed_trials", "raised_by", "study_of", "trials_of"]
+__all__ = ["REPEAT", "RESULT_KEYS", "SAVE_NOW", "completed_trials", "is_client", "raised_by", "study_of", "trials_of"]
 
 # The entry of a result that asks Tune for a checkpoint.
 SAVE_NOW: str = SHOULD_CHECKPOINT
@@ -24,6 +25,12 @@ REPEAT: str = TRIAL_INDEX
 
 # What Tune adds to every result, besides the config, and what it is asked for there.
 RESULT_KEYS = frozenset({*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, "done", SAVE_NOW})
+
+
+def is_client() -> bool:
+    """Return whether this process is no part of its Ray, but talks to it by ``ray://``."""
+    connected: bool = client.ray.is_connected()
+    return connected
 
 
 def study_of(searcher: OptunaSearch) -> optuna.Study:
