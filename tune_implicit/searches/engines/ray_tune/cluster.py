@@ -28,7 +28,8 @@ __all__ = ["connected", "places", "probe", "ship_by_value"]
 logger = logging.getLogger(__name__)
 
 # What Ray itself calls a Ray that is started anew, and one that it looks for.
-LOCAL, AUTO = "local", "auto"
+LOCAL = "local"
+AUTO = "auto"
 
 # How long a machine may take to answer. Ray itself would ask one that does not for minutes.
 CONNECT_S = 10.0
