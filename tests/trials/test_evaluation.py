@@ -12,7 +12,7 @@ from tests.support.problems import F64
 from tune_implicit.errors import InvalidTypeError, InvalidValueError
 from tune_implicit.hypergradients.rng import get_rng_state
 from tune_implicit.hypergradients.state import State
-from tune_implicit.trials.evaluation import evaluate
+from tune_implicit.trials.evaluation import evaluate, mean_loss
 
 PROBLEM = toy.problem({})
 ((X, Y),) = PROBLEM.train_data
@@ -107,3 +107,11 @@ def test_metric_must_be_a_number(value: object, message: str) -> None:
 def test_messages_name_the_split() -> None:
     with pytest.raises(InvalidValueError, match="`select_data` must hold at least one batch, got none"):
         evaluate(PROBLEM, "select_data", iter(()), {"loss": toy.ul_objective})
+
+
+def test_loss_over_several_ll_problems_is_their_mean() -> None:
+    other = toy.problem({"seed": 1})
+    parts = [(problem, problem.ll_model) for problem in (PROBLEM, other)]
+    each = [evaluate(p, "x", p.train_data, {"loss": p.ll_objective}, model)["loss"] for p, model in parts]
+    assert each[0] != each[1]
+    assert mean_loss(parts, "train_data", "ll_objective") == pytest.approx(sum(each) / 2)

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
 
 from tests.support import toy
 from tests.support.noisy import assert_same_bits, random_problem
@@ -16,6 +19,7 @@ from tests.support.problems import Values, generator
 from tests.support.working import finish
 from tune_implicit.errors import CheckpointError, DivergedError, InvalidTypeError, InvalidValueError, SolveError
 from tune_implicit.hypergradients.state import State
+from tune_implicit.trials.averaging import Averaging
 from tune_implicit.trials.checkpoint import read_checkpoint
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.record import LOSSES, RESERVED
@@ -576,6 +580,61 @@ def test_donor_past_ones_own_end_completes_the_trial(tmp_path: Path) -> None:
     record = heir.advance()
     assert (record["ended_by"], record["score"], record["troubles"]) == ("steps", 1.0, "")
     assert record["ul_step"] == 3
+
+
+OF_A_DONOR: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "a schedule for ul_steps": ({"ll_scheduler": lambda o, steps: OneCycleLR(o, 0.1, total_steps=steps)}, {}),
+    "an average": ({"ll_average": Averaging(model=partial(AveragedModel, use_buffers=True))}, {}),
+    "keep": ({}, {"keep": "last"}),
+    "patience": ({}, {"patience": 1}),
+    "no ul steps": ({}, {"ul_learning_rate": 0.0}),
+}
+
+
+@pytest.mark.parametrize("reports", [2, 4, 5])
+@pytest.mark.parametrize(("parts", "settings"), OF_A_DONOR.values(), ids=OF_A_DONOR)
+def test_donor_with_more_ul_steps_leaves_a_completed_trial_with_its_record(
+    parts: dict[str, Any], settings: dict[str, Any], reports: int, tmp_path: Path
+) -> None:
+    def noisy(config: dict[str, Any]) -> BilevelProblem:
+        return replace(random_problem(), **parts)
+
+    config = {"ll_steps": 2, "k": 2, "ul_steps_per_report": 1, "patience": 0, **settings}
+    donor, heir = Trial(noisy, config | {"ul_steps": 5}), Trial(noisy, config | {"ul_steps": 2})
+    for _ in range(reports):
+        donor.advance()
+    donor.save(tmp_path / "donor.pt")
+    heir.load(tmp_path / "donor.pt")
+    record = heir.record
+    assert (heir.completed, record["completed"], record["ended_by"]) == (True, True, "steps")
+    assert record["ul_step"] == donor.history[-1]["ul_step"]
+    assert set(record) >= {*LOSSES, "kept_value", "last_value", "troubles"}
+    assert all(isinstance(value, str) or math.isfinite(value) for value in record.values())
+    assert heir.advance() == record
+    assert heir.history == donor.history
+    heir.save(tmp_path / "heir.pt")
+    assert_same_bits(read_checkpoint(tmp_path / "heir.pt")["kept"], read_checkpoint(tmp_path / "donor.pt")["kept"])
+
+
+def test_donor_that_never_reported_is_no_end_and_has_a_record(tmp_path: Path) -> None:
+    donor, heir = scored(1.0, 2.0, 3.0), scored(1.0)
+    for _ in range(2):
+        donor.trainer.step()
+    donor.save(tmp_path / "trial.pt")
+    heir.load(tmp_path / "trial.pt")
+    assert (heir.completed, heir.record["completed"], heir.record["ended_by"]) == (False, False, "")
+    assert heir.record["ul_step"] == 2
+    with pytest.raises(DivergedError, match="has none left to take"):
+        heir.advance()
+
+
+def test_record_before_the_first_report_has_counters_and_no_losses() -> None:
+    record = Trial(linear_problem, CONFIG).record
+    assert (record["ul_step"], record["gradient_evaluations"], record["completed"]) == (0, 0, False)
+    assert (record["ended_by"], record["troubles"]) == ("", "")
+    assert not {*LOSSES} & set(record)
+    assert set(record) <= RESERVED
 
 
 def test_what_a_trial_diverged_with_is_told() -> None:

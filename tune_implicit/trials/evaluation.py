@@ -14,7 +14,7 @@ from tune_implicit.hypergradients.state import State
 from tune_implicit.trials.problem import BilevelProblem, Metric, SplitMetrics, check_metric_names
 from tune_implicit.trials.splits import batches_of
 
-__all__ = ["check_same_names", "evaluate", "evaluate_split", "mean_over", "measure"]
+__all__ = ["check_same_names", "evaluate", "evaluate_split", "mean_loss", "mean_over", "measure"]
 
 
 def evaluate(
@@ -96,6 +96,15 @@ def measure(problem: BilevelProblem, ll_model: nn.Module | None = None) -> dict[
         return evaluate(problem, name, data, {"select_loss": problem.ul_objective, **metrics}, ll_model)
     loss = evaluate(problem, name, data, {"select_loss": problem.ul_objective}, ll_model)
     return loss | evaluate_split(problem, name, data, metrics, ll_model)
+
+
+def mean_loss(parts: Iterable[tuple[BilevelProblem, nn.Module]], split: str, objective: str) -> float:
+    """Return the mean of an objective over a split, and over ll problems that come with the ll model to measure."""
+    each = (
+        evaluate(part, split, getattr(part, split), {objective: getattr(part, objective)}, model)
+        for part, model in parts
+    )
+    return mean_over(each)[objective]
 
 
 def mean_over(each: Iterable[Mapping[str, float]]) -> dict[str, float]:

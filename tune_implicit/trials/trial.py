@@ -15,7 +15,7 @@ from tune_implicit.errors import DivergedError, InvalidTypeError, SolveError
 from tune_implicit.hypergradients.rng import seed_everything
 from tune_implicit.trials.checkpoint import read_checkpoint, write_checkpoint
 from tune_implicit.trials.config import TrackedConfig
-from tune_implicit.trials.evaluation import check_same_names, evaluate, mean_over, measure
+from tune_implicit.trials.evaluation import check_same_names, mean_loss, mean_over, measure
 from tune_implicit.trials.memory import memory_told
 from tune_implicit.trials.problem import BilevelProblem
 from tune_implicit.trials.record import (
@@ -146,7 +146,12 @@ class Trial:
 
     @property
     def record(self) -> Record:
-        """The last record; of a completed trial, the losses and metrics are those of the report that is kept."""
+        """The last record; of a completed trial, the losses and metrics are those of the report that is kept.
+
+        Before the first report it has no losses.
+        """
+        if not self.history:
+            return self._learning() | self._counters() | {"ended_by": "", "troubles": ""}
         last = {name: value for name, value in self.history[-1].items() if name != "ul_quantiles"}
         if self._divergence:  # what it has cost since then
             last |= {name: getattr(self.trainer, name) for name in COSTS}
@@ -179,7 +184,7 @@ class Trial:
         if self.completed:
             return self.record
         if self._start_loss is None:
-            self._start_loss = self._evaluated(self.problem.selected_on, "ul_objective")
+            self._start_loss = mean_loss(self._parts(), self.problem.selected_on, "ul_objective")
         try:
             record = self._measured()
         except DivergedError as error:
@@ -207,10 +212,7 @@ class Trial:
             raise DivergedError(f"The trial diverged at ul step {self.trainer.ul_step}, and has none left to take.")
         steps = [self.trainer.step() for _ in range(count)]
         record = self._losses(steps)
-        for name, value in record.items():
-            if not math.isfinite(value):
-                way_out = " Try a smaller `ll_learning_rate` or `ul_learning_rate`." if name in LOSSES else ""
-                raise DivergedError(f"`{name}` became {value} by ul step {self.trainer.ul_step}.{way_out}")
+        _check_finite(record, self.trainer.ul_step)
         self.trainer.see_report(record["validate_loss"])
         return record | certificate(steps[-1].hypergradient) | self._learning() | self._counters()
 
@@ -280,18 +282,10 @@ class Trial:
         train = [step.train_loss for step in steps if not math.isnan(step.train_loss)]
         return {
             "select_loss": measured.pop("select_loss"),
-            "validate_loss": _mean(validate) if validate else self._evaluated("validate_data", "ul_objective"),
-            "train_loss": _mean(train) if train else self._evaluated("train_data", "ll_objective"),
+            "validate_loss": _mean(validate) if validate else mean_loss(self._parts(), "validate_data", "ul_objective"),
+            "train_loss": _mean(train) if train else mean_loss(self._parts(), "train_data", "ll_objective"),
             **measured,
         }
-
-    def _evaluated(self, split: str, objective: str) -> float:
-        """Return the mean of an objective over a split, and over the ll problems."""
-        each = (
-            evaluate(part, split, getattr(part, split), {objective: getattr(part, objective)}, model)
-            for part, model in self._parts()
-        )
-        return mean_over(each)[objective]
 
     def _parts(self) -> Iterator[tuple[BilevelProblem, nn.Module]]:
         """Yield each ll problem, with the ll model that is measured."""
@@ -338,6 +332,20 @@ class Trial:
         self._divergence = state["divergence"] if state["settings"] == dataclasses.asdict(self.settings) else ""
         if self.settings.keep == "best" and self._best is not None and self._best["models"] is None:
             self._best = None  # its trial kept the last report
+
+
+def _check_finite(record: Record, ul_step: int) -> None:
+    """Check that all of ``record`` is finite.
+
+    Raises
+    ------
+    DivergedError
+        If not.
+    """
+    for name, value in record.items():
+        if not math.isfinite(value):
+            way_out = " Try a smaller `ll_learning_rate` or `ul_learning_rate`." if name in LOSSES else ""
+            raise DivergedError(f"`{name}` became {value} by ul step {ul_step}.{way_out}")
 
 
 def _mean(values: list[float]) -> float:
