@@ -36,6 +36,7 @@ from tune_implicit.trials.trainer import BilevelTrainer
 
 if TYPE_CHECKING:
     from tune_implicit.searches.engines.optuna_study import ImplicitObjective
+    from tune_implicit.searches.engines.ray_tune.restore import restore_tuner
     from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
     from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
     from tune_implicit.searches.ledger import Progress
@@ -85,6 +86,7 @@ __all__ = [
     "check",
     "load_search",
     "recommended_space",
+    "restore_tuner",
     "search",
     "write_report",
 ]
@@ -99,6 +101,7 @@ _LAZY = {
     "TrialResult": "tune_implicit.searches.results",
     "load_search": "tune_implicit.searches.results",
     "recommended_space": "tune_implicit.searches.space",
+    "restore_tuner": "tune_implicit.searches.engines.ray_tune.restore",
     "search": "tune_implicit.searches.search",
     "write_report": "tune_implicit.searches.report",
 }

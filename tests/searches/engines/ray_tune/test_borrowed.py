@@ -17,6 +17,8 @@ from tune_implicit.searches.engines.ray_tune.borrowed import (
     RESULT_KEYS,
     SAVE_NOW,
     completed_trials,
+    files_in,
+    filesystem_of,
     is_client,
     raised_by,
     study_of,
@@ -46,6 +48,18 @@ def test_what_tune_is_asked_and_asks_by_name() -> None:
 
 def test_this_process_is_no_client() -> None:
     assert not is_client()
+
+
+@pytest.mark.parametrize("begin", ["", "file://"])
+def test_files_are_found_by_path_and_uri(tmp_path: Path, begin: str) -> None:
+    (tmp_path / "one").write_bytes(b"held")
+    (tmp_path / "two").mkdir()
+    filesystem, folder = filesystem_of(f"{begin}{tmp_path}")
+    assert sorted(files_in(filesystem, folder)) == ["one", "two"]
+    with filesystem.open_input_stream(f"{folder}/one") as file:
+        assert file.read() == b"held"
+    assert files_in(filesystem, f"{folder}/three") == []
+    assert filesystem_of("any/path", filesystem) == (filesystem, "any/path")
 
 
 def test_a_searchers_study_and_trials_are_there() -> None:

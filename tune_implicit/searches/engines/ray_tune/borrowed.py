@@ -9,13 +9,25 @@ from typing import Any
 import optuna
 from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.train._internal.storage import _list_at_fs_path, get_fs_and_path
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, SHOULD_CHECKPOINT
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.repeater import TRIAL_INDEX
 from ray.util import client
 
-__all__ = ["REPEAT", "RESULT_KEYS", "SAVE_NOW", "completed_trials", "is_client", "raised_by", "study_of", "trials_of"]
+__all__ = [
+    "REPEAT",
+    "RESULT_KEYS",
+    "SAVE_NOW",
+    "completed_trials",
+    "files_in",
+    "filesystem_of",
+    "is_client",
+    "raised_by",
+    "study_of",
+    "trials_of",
+]
 
 # The entry of a result that asks Tune for a checkpoint.
 SAVE_NOW: str = SHOULD_CHECKPOINT
@@ -31,6 +43,18 @@ def is_client() -> bool:
     """Return whether this process is no part of its Ray, but talks to it by ``ray://``."""
     connected: bool = client.ray.is_connected()
     return connected
+
+
+def filesystem_of(path: str, filesystem: Any = None) -> tuple[Any, str]:
+    """Return the file system of a path or URI, and the path on it; with ``filesystem`` given, both as they are."""
+    found: tuple[Any, str] = get_fs_and_path(path, filesystem)
+    return found
+
+
+def files_in(filesystem: Any, folder: str) -> list[str]:
+    """Return the names of what lies in a folder; none where there is no such folder."""
+    names: list[str] = _list_at_fs_path(fs=filesystem, fs_path=folder)
+    return names
 
 
 def study_of(searcher: OptunaSearch) -> optuna.Study:
