@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import Repeater
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tests.support import toy
 from tests.support.noisy import assert_same_bits
+from tests.support.problems import F64
 from tests.support.toy import on_optuna
 from tests.support.working import finish
 from tune_implicit import (
@@ -228,6 +230,16 @@ def test_a_trial_that_loads_a_donor_beyond_its_own_ul_steps_is_completed(
     record = heir.train()
     assert (record["done"], record["completed"], record["ended_by"], record["ul_step"]) == (True, True, "steps", 4)
     assert record["select_loss"] == min(record["select_loss"] for record in records)
+
+
+# ---- known ul values
+
+
+def test_a_trial_starts_from_the_ul_values_it_is_given(trainable: Make) -> None:
+    start = {"log_l2": torch.full((toy.SETTINGS["penalties"],), -2.0, dtype=F64)}
+    one = trainable(passed={"initial_ul_state": start}, ul_learning_rate=0.0)
+    one.train()
+    assert_same_bits(dict(one._trial.problem.ul_model.state_dict()), start)
 
 
 # ---- repeats
