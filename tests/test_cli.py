@@ -132,7 +132,6 @@ def test_the_same_seed_finds_the_same() -> None:
     for name in ("a", "b"):
         run("--output", name, "--seed", "5")
     assert [t.value for t in load_search("a").trials] == [t.value for t in load_search("b").trials]
-    assert load_search("a").best.config["seed"] == 5
 
 
 def test_a_storage_of_ones_own() -> None:
@@ -190,7 +189,7 @@ def problem(config):
         ("space = {}", "must name at least one setting"),
         ("space = 5", "`space` must be a dict of Optuna distributions"),
         ("space = {'k': 5}", "`space`['k'] must be an Optuna distribution, got 5"),
-        ("space = {'k': CategoricalDistribution([-1])}", "`k` must be 0 or more, got -1"),
+        ("space = {'k': IntDistribution(-1, -1)}", "`k` must be 0 or more, got -1"),
         ("settings = {'k': -1}; space = {'rtol': FloatDistribution(0, 1)}", "`k` must be 0 or more, got -1"),
         ("settings = {'solver': 'newton'}", "`solver` must be one of cg, minres, neumann, dense"),
         ("space = {'ul_stepz': IntDistribution(1, 2)}", "'ul_stepz' (did you mean 'ul_steps'?)"),
@@ -288,12 +287,13 @@ def test_ctrl_c_keeps_what_finished_and_resume_completes_it(backend: str) -> Non
     assert {trial.state for trial in finished} == {"complete"}
     # The two backends share the study, so that one may go on where the other ended.
     call(*search, str(len(finished) + 2), "--backend", "optuna", "--resume")
-    assert load_search("found").trials[: len(finished)] == finished
-    assert len(load_search("found").trials) == len(finished) + 2
+    resumed = load_search("found").trials
+    assert all(trial in resumed for trial in finished)
+    assert [trial.number for trial in resumed] == list(range(len(finished) + 2))
 
 
 def test_a_mistake_on_ray_is_told_in_one_line() -> None:
-    process = start("run", task("space = {'k': CategoricalDistribution([-1])}"), "--trials", "1")
+    process = start("run", task("space = {'k': IntDistribution(-1, -1)}"), "--trials", "1")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert (out, error) == ("", "Error: `k` must be 0 or more, got -1.\n")

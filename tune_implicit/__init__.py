@@ -35,7 +35,8 @@ from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trainer import BilevelTrainer
 
 if TYPE_CHECKING:
-    from tune_implicit.searches.engines.optuna_study import ImplicitObjective
+    from tune_implicit.searches.engines.optuna_study.artifacts import load_ul_state
+    from tune_implicit.searches.engines.optuna_study.objective import ImplicitObjective
     from tune_implicit.searches.engines.ray_tune.restore import restore_tuner
     from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
     from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from tune_implicit.searches.results import SearchResult, TrialResult, load_search
     from tune_implicit.searches.search import search
     from tune_implicit.searches.space import recommended_space
+    from tune_implicit.searches.study import requeue
 
 __all__ = [
     "Attempt",
@@ -85,7 +87,9 @@ __all__ = [
     "TuneImplicitError",
     "check",
     "load_search",
+    "load_ul_state",
     "recommended_space",
+    "requeue",
     "restore_tuner",
     "search",
     "write_report",
@@ -93,14 +97,16 @@ __all__ = [
 
 # Loaded when first asked for: the engines, and what rests on them, take seconds to import.
 _LAZY = {
-    "ImplicitObjective": "tune_implicit.searches.engines.optuna_study",
+    "ImplicitObjective": "tune_implicit.searches.engines.optuna_study.objective",
     "ImplicitOptunaSearch": "tune_implicit.searches.engines.ray_tune.searcher",
     "ImplicitTrainable": "tune_implicit.searches.engines.ray_tune.trainable",
     "Progress": "tune_implicit.searches.ledger",
     "SearchResult": "tune_implicit.searches.results",
     "TrialResult": "tune_implicit.searches.results",
     "load_search": "tune_implicit.searches.results",
+    "load_ul_state": "tune_implicit.searches.engines.optuna_study.artifacts",
     "recommended_space": "tune_implicit.searches.space",
+    "requeue": "tune_implicit.searches.study",
     "restore_tuner": "tune_implicit.searches.engines.ray_tune.restore",
     "search": "tune_implicit.searches.search",
     "write_report": "tune_implicit.searches.report",

@@ -1,8 +1,11 @@
 """The command line: strings -> objects, and exit codes."""
 
+import contextlib
 import importlib.util
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,10 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# Exit codes: 0 done, 1 nothing to show for it, 2 used wrongly, 130 interrupted (128 + SIGINT).
+# Exit codes: 0 done, 1 nothing to show for it, 2 used wrongly, 130 and 143 interrupted (128 + the signal).
 NOTHING_COMPLETED = 1
 USAGE = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,8 +40,17 @@ def main() -> None:
 @click.option("--time-budget", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Start none later.")
 @click.option("--storage", metavar="URL", help="Database or journal of the study; by default a journal in the output.")
 @click.option("--output", type=click.Path(path_type=Path), help="[default: tune_implicit_results/TASK]")
-@click.option("--resume", is_flag=True, help="Go on with the search in the output.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of the sampler and of every trial.")
+@click.option("--resume", is_flag=True, help="Go on with the search in the output, or join it as a worker.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, with optuna.")
+@click.option("--seed", type=click.IntRange(min=0), help="What every draw comes from, with a trial's number.")
+@click.option("--on-error", type=click.Choice(["record", "raise"]), help="What an exception in a trial does.")
+@click.option(
+    "--trial-timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End longer ones."
+)
+@click.option(
+    "--ul-state", type=click.Path(path_type=Path), metavar="FILE", help="Start from a saved trial's ul values."
+)
+@click.option("--address", metavar="ADDRESS", help="Of a Ray cluster to join, such as auto.")
 def run(
     task: Path,
     backend: str,
@@ -46,15 +59,23 @@ def run(
     storage: str | None,
     output: Path | None,
     resume: bool,
+    workers: int,
     seed: int | None,
+    on_error: str | None,
+    trial_timeout: float | None,
+    ul_state: Path | None,
+    address: str | None,
 ) -> None:
     """Run the search that the file TASK defines.
 
     TASK is a Python file with `problem(config)` or `problem(config, data)`, and optionally `space`, `data()` and the
     dict `settings`. Without a `space` the search is over `recommended_space()`, but for what `settings` fixes.
+
+    With --storage, --output and --resume it may be started several times, at once or later, on one machine or many:
+    all of them are the workers of one search. With --backend optuna, --workers N starts N on this machine.
     """
     folder = output or Path("tune_implicit_results") / task.stem
-    with _Told():
+    with _Told(), _others(workers, backend, folder):
         module = _load_task(task)
         if backend == "ray":
             from tune_implicit.searches.engines.ray_tune.cluster import ship_by_value
@@ -74,6 +95,10 @@ def run(
             output=folder,
             resume=resume,
             seed=seed,
+            on_error=on_error,
+            trial_timeout_s=trial_timeout,
+            initial_ul_state=None if ul_state is None else _read_ul_state(ul_state),
+            address=address,
             on_progress=_show,
         )
         _show(None)
@@ -139,6 +164,60 @@ def report(directory: Path) -> None:
         click.echo(str(write_report(directory)))
 
 
+@contextlib.contextmanager
+def _others(workers: int, backend: str, folder: Path) -> Iterator[None]:
+    """Run this command in as many more processes as make ``workers``, until they end.
+
+    Raises
+    ------
+    InvalidValueError
+        If the engine has workers of its own.
+    """
+    if workers > 1 and backend == "ray":
+        raise InvalidValueError("`--workers` is for `--backend optuna`: Ray Tune runs as many trials as fit by itself.")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--workers=")]
+    if "--workers" in arguments:
+        at = arguments.index("--workers")
+        del arguments[at : at + 2]
+    command = [sys.executable, "-m", "tune_implicit.cli", *arguments, "--resume", "--output", str(folder)]
+    others = []
+    try:
+        for _ in range(workers - 1):
+            others.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        yield
+    finally:
+        ending = sys.exc_info()[0] is not None
+        for other in others:
+            if ending:
+                other.terminate()
+            other.wait()
+
+
+def _read_ul_state(file: Path) -> Any:
+    """Return the ul values in a trial's checkpoint, or in a file of ``torch.save(ul_model.state_dict(), file)``.
+
+    Raises
+    ------
+    InvalidValueError
+        If the file is neither.
+    """
+    import torch
+
+    from tune_implicit.errors import CheckpointError
+    from tune_implicit.trials.checkpoint import read_checkpoint
+
+    try:
+        return read_checkpoint(file)["kept"]["ul_model"]
+    except CheckpointError as error:
+        try:
+            values = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # noqa: BLE001 - what torch raises for a file of another kind is not listed anywhere
+            values = None
+        if isinstance(values, dict) and all(isinstance(value, torch.Tensor) for value in values.values()):
+            return values
+        raise InvalidValueError(f"`--ul-state` must be a trial's checkpoint or a saved state dict: {error}") from error
+
+
 class _Told:
     """Tell the package's own errors and Ctrl-C in one line, and exit; what else is raised keeps its traceback.
 
@@ -159,6 +238,8 @@ class _Told:
         if isinstance(error, TuneImplicitError):
             click.echo(f"Error: {error}", err=True)
             sys.exit(USAGE)
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            click.echo("Ended by SIGTERM; what finished is kept. Go on with --resume.", err=True)
         if isinstance(error, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(INTERRUPTED)
@@ -211,3 +292,7 @@ def _show(progress: "Progress | None") -> None:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from tune_implicit.searches.borrowed import contains, end, running_trial, storage_of, stored
+from tune_implicit.searches.borrowed import cached, contains, end, put_back, running_trial, storage_of, stored
 from tune_implicit.searches.study import open_storage
 
 
@@ -53,6 +53,24 @@ def test_a_trial_is_ended_without_the_samplers_hearing_of_it(study: optuna.Study
     study.tell(second, 1.0)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert study.sampler.numbers == [second.number]
+
+
+def test_a_trial_that_runs_goes_back_to_the_queue_as_it_is(study: optuna.Study) -> None:
+    trial = study.ask({"k": IntDistribution(1, 8)})
+    trial.report(0.5, 2)
+    put_back(study, trial)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING]
+    again = study.ask()
+    assert (again.number, again.params) == (trial.number, trial.params)
+    assert stored(study, again).intermediate_values == {2: 0.5}
+    study.tell(again, 0.5)
+    assert study.sampler.numbers == [0]
+
+
+def test_a_database_is_cached_and_nothing_else(tmp_path: Path) -> None:
+    assert cached(open_storage(f"sqlite:///{tmp_path}/study.db")) is not None
+    journal = open_storage(str(tmp_path / "study.journal"))
+    assert cached(journal) is journal
 
 
 def test_a_trial_that_still_runs_is_written_to_by_another_handle(study: optuna.Study) -> None:

@@ -47,7 +47,10 @@ def ledger_of(
     time_budget_s: float | None = None,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> Ledger:
-    return Ledger(study, folder, {"k": 1, "ul_steps": 6}, n_trials, time_budget_s, on_progress, lambda trial: None)
+    def settings_of(number: int) -> dict[str, int]:
+        return {"k": 1, "ul_steps": 6}
+
+    return Ledger(study, folder, settings_of, n_trials, time_budget_s, on_progress, lambda trial: [])
 
 
 def numbers_in(folder: Path) -> list[int]:
@@ -120,10 +123,10 @@ def test_a_trial_is_written_with_where_its_engine_saved_it(tmp_path: Path) -> No
     (tmp_path / "saved" / "a").touch()
     study = study_of(ended(checkpoint="a"), ended())
 
-    def saved_at(trial: FrozenTrial) -> str | None:
-        return f"saved/{trial.user_attrs['checkpoint']}" if trial.user_attrs else None
+    def saved_at(trial: FrozenTrial) -> list[str]:
+        return [f"saved/{trial.user_attrs['checkpoint']}"] if trial.user_attrs else []
 
-    Ledger(study, tmp_path, {}, 2, None, None, saved_at).update()
+    Ledger(study, tmp_path, lambda number: {}, 2, None, None, saved_at).update()
     assert [trial.checkpoint for trial in read_trials(tmp_path)] == [tmp_path / "saved" / "a", None]
 
 

@@ -12,7 +12,7 @@ from tune_implicit import CheckpointError, InvalidValueError, NoCompletedTrialEr
 from tune_implicit.searches.results import (
     Summary,
     TrialResult,
-    append_trials,
+    TrialsFile,
     earlier_seconds,
     number_or_text,
     read_trials,
@@ -90,15 +90,27 @@ def test_a_folder_without_a_list_has_no_trials(tmp_path: Path) -> None:
 
 
 def test_trials_are_read_as_they_were_added_and_by_number(tmp_path: Path) -> None:
-    append_trials(tmp_path, [row(2), row(0)])
-    append_trials(tmp_path, [row(1, value=0.5, config={"k": np.int64(4)})])
+    TrialsFile(tmp_path).append([row(2), row(0)])
+    TrialsFile(tmp_path).append([row(1, value=0.5, config={"k": np.int64(4)})])
     assert [trial.number for trial in read_trials(tmp_path)] == [0, 1, 2]
     assert read_trials(tmp_path)[1] == TrialResult(**row(1, value=0.5, config={"k": 4}))
 
 
+def test_workers_that_share_a_folder_see_what_the_others_added(tmp_path: Path) -> None:
+    mine, theirs = TrialsFile(tmp_path), TrialsFile(tmp_path)
+    assert mine.numbers() == set()
+    theirs.append([row(0), row(3)])
+    assert mine.numbers() == {0, 3}
+    mine.append([row(1)])
+    with (tmp_path / "trials.jsonl").open("a") as file:
+        file.write('\n{"number": 2, "sta')  # cut short by a kill
+    theirs.append([row(4)])
+    assert mine.numbers() == theirs.numbers() == {0, 1, 3, 4}
+
+
 def test_a_trial_added_twice_is_the_one_added_last(tmp_path: Path) -> None:
-    append_trials(tmp_path, [row(value=1.0)])
-    append_trials(tmp_path, [row(value=2.0)])
+    TrialsFile(tmp_path).append([row(value=1.0)])
+    TrialsFile(tmp_path).append([row(value=2.0)])
     assert [trial.value for trial in read_trials(tmp_path)] == [2.0]
 
 
@@ -129,7 +141,7 @@ def test_a_number_stays_a_number_and_all_else_becomes_text(value: object, said: 
 
 
 def test_a_checkpoint_is_found_that_its_engine_writes_after_the_trial_ended(tmp_path: Path) -> None:
-    append_trials(tmp_path, [row(checkpoint="*_a_*/checkpoint_*/trial.pt")])
+    TrialsFile(tmp_path).append([row(checkpoint="*_a_*/checkpoint_*/trial.pt")])
     assert read_trials(tmp_path)[0].checkpoint is None
     for number in (2, 10, 1):
         folder = tmp_path / "trial_a_1" / f"checkpoint_{number:06}"
@@ -164,7 +176,7 @@ def test_a_checkpoint_lost_since_the_list_was_read_is_told(output: Path) -> None
 
 
 def test_a_search_is_read_as_it_was_written(tmp_path: Path) -> None:
-    append_trials(tmp_path, [row()])
+    TrialsFile(tmp_path).append([row()])
     written = SearchResult.write(tmp_path, SUMMARY)
     assert load_search(tmp_path) == load_search(str(tmp_path)) == written
     assert written.summary == SUMMARY

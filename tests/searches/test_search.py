@@ -1,6 +1,7 @@
 """``search`` as a whole, on Optuna; what holds on both engines is in ``engines/test_contract.py``."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ def test_settings_hold_in_every_trial(output: Path) -> None:
     assert {trial.metrics["ul_step"] for trial in result.trials} == {2}
 
 
+UNSEEDED = {name: value for name, value in toy.SETTINGS.items() if name != "seed"}
+
+
 def test_the_same_seed_finds_the_same(tmp_path: Path) -> None:
-    one, other, third = (run(tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    one, other, third = (run(tmp_path / str(i), seed=seed, settings=UNSEEDED) for i, seed in enumerate((0, 0, 1)))
     assert [(trial.config, trial.value) for trial in one.trials] == [(t.config, t.value) for t in other.trials]
-    assert {trial.config["seed"] for trial in third.trials} == {1}
+    assert len({trial.config["seed"] for trial in (*one.trials, *third.trials)}) == 6
     assert one.trials[0].config["k"] != third.trials[0].config["k"] or one.best.value != third.best.value
 
 
@@ -73,6 +77,49 @@ def test_resume_of_nothing_begins(output: Path) -> None:
     assert len(run(output, 2, resume=True).trials) == 2
 
 
+def test_a_seed_of_the_settings_is_that_of_every_trial(output: Path) -> None:
+    assert {trial.config["seed"] for trial in run(output, seed=1, settings=toy.SETTINGS | {"seed": 7}).trials} == {7}
+
+
+def test_the_seed_of_a_search_is_kept(output: Path) -> None:
+    run(output, 1)
+    seed = study_in(output).user_attrs["seed"]
+    run(output, 2, resume=True)
+    assert study_in(output).user_attrs["seed"] == seed
+
+
+def test_a_mistake_after_a_trial_completed_is_recorded(output: Path) -> None:
+    result = run(output, problem=Interrupting(2, toy.MistakeError))
+    assert [trial.state for trial in result.trials] == ["complete", "failed", "complete"]
+    assert result.trials[1].failure == "It raised MistakeError: pressed (see errors/trial_1.txt)"
+    assert "MistakeError" in (output / "errors" / "trial_1.txt").read_text()
+
+
+def test_three_mistakes_at_the_start_are_raised_even_where_they_are_recorded(output: Path) -> None:
+    with pytest.raises(toy.MistakeError):
+        run(output, 9, space=toy.faulty("mistake"), on_error="record")
+    assert [trial.state for trial in load_search(output).trials] == ["failed"] * 2
+
+
+def test_a_trial_that_hangs_is_ended(output: Path) -> None:
+    def hanging(config: Any) -> Any:
+        if not (output / "hung").exists():
+            (output / "hung").touch()
+            time.sleep(60)
+        return toy.problem(config)
+
+    result = run(output, 2, problem=hanging, trial_timeout_s=3.0)
+    assert [trial.state for trial in result.trials] == ["failed", "complete"]
+    assert result.trials[0].failure == "The trial took longer than `trial_timeout_s`, 3 s, and was ended."
+
+
+def test_trials_start_from_learned_ul_values(tmp_path: Path) -> None:
+    learned = run(tmp_path / "a", 1).best.ul_state
+    still = toy.SETTINGS | {"ul_learning_rate": 0.0}
+    begun = run(tmp_path / "b", 1, initial_ul_state=learned, settings=still).best.ul_state
+    assert torch.equal(begun["log_l2"], learned["log_l2"])
+
+
 def test_a_mistake_is_raised_and_the_next_call_begins_afresh(tmp_path: Path) -> None:
     space = {**toy.SPACE, "ul_learning_rat": IntDistribution(1, 2)}
     with pytest.raises(InvalidValueError, match="did you mean 'ul_learning_rate'"):
@@ -85,7 +132,7 @@ def test_a_mistake_is_raised_and_the_next_call_begins_afresh(tmp_path: Path) -> 
 
 def test_a_mistake_after_trials_finished_keeps_them(output: Path) -> None:
     with pytest.raises(toy.MistakeError):
-        run(output, problem=Interrupting(2, toy.MistakeError))
+        run(output, problem=Interrupting(2, toy.MistakeError), on_error="raise")
     with pytest.raises(InvalidValueError, match="already holds a search"):
         run(output)
     resumed = run(output, resume=True)

@@ -13,8 +13,9 @@ from optuna.trial import TrialState, create_trial
 from tests.support import toy
 from tests.support.toy import Interrupting, run, study_in
 from tune_implicit import InvalidValueError, StorageError
-from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
-from tune_implicit.searches.study import direction_of, end_running, open_storage, queue_interrupted
+from tune_implicit.searches.leases import Leases
+from tune_implicit.searches.outcome import CUT_OFF
+from tune_implicit.searches.study import direction_of, open_storage, queue_interrupted
 
 # As each version marks a trial that was cut off.
 INTERRUPTED = {"failure": CUT_OFF.failure, "interrupted": True}
@@ -146,41 +147,37 @@ def test_a_resumed_search_has_the_same_choices(output: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", [None, "sqlite:///{}/s.db"])
-def test_a_trial_left_running_by_a_kill_runs_again(output: Path, storage: str | None) -> None:
+def test_a_trial_left_running_by_a_kill_goes_on(output: Path, storage: str | None) -> None:
     storage = storage and storage.format(output.parent)
     run(output, 1, storage=storage)
-    killed = study_in(output, storage).ask(toy.SPACE)  # no one will ever tell how it ended
+    study = study_in(output, storage)
+    with Leases(study) as leases:
+        killed = study.ask(toy.SPACE)  # no one will ever tell how it ended
+        leases.take(killed, leases.new())
     resumed = run(output, 2, resume=True, storage=storage)
-    assert [trial.number for trial in resumed.trials] == [0, 2]
+    assert [trial.number for trial in resumed.trials] == [0, 1]
     assert {key: resumed.trials[1].config[key] for key in killed.params} == killed.params
-    trial = study_in(output, storage).trials[1]
-    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, CUT_OFF.failure)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
 
 
-def test_a_trial_interrupted_twice_is_queued_once_each_time(output: Path) -> None:
+def test_a_trial_interrupted_twice_goes_on_each_time(output: Path) -> None:
     factory = Interrupting(at=1)
     for at in (1, 2, 3):
         factory.at = at
         assert run(output, 1, resume=True, problem=factory).interrupted
+        assert [trial.state for trial in study_in(output).trials] == [TrialState.WAITING]
     assert len(run(output, 1, resume=True, problem=factory).trials) == 1
     assert all(config == factory.configs[0] for config in factory.configs)
     assert factory.calls == 4
 
 
-def test_an_interrupted_trial_that_the_space_no_longer_has_is_not_run_again(output: Path) -> None:
-    run(output, 1, problem=Interrupting(at=1), space={**toy.SPACE, "k": IntDistribution(100, 101)})
-    result = run(output, 2, resume=True)
-    assert [trial.state for trial in result.trials] == ["complete"] * 2
-    assert all(trial.config["k"] <= 8 for trial in result.trials)
-
-
-def test_what_still_runs_is_recorded_as_interrupted_and_no_other() -> None:
-    study = study_with(failure="diverged")
-    study.tell(study.ask(), 1.0)
-    study.ask()
-    end_running(study)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL"]
-    assert [is_interrupted(trial) for trial in study.trials] == [False, False, True]
+def test_an_interrupted_search_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole" / "found", 14, seed=3)
+    for at in (1, 4, 12):
+        run(tmp_path / "found", 14, seed=3, problem=Interrupting(at=at), resume=True)
+    resumed = run(tmp_path / "found", 14, resume=True)  # it knows its seed
+    for before, after in zip(whole.trials, resumed.trials, strict=True):
+        assert (before.number, before.value, before.config) == (after.number, after.value, after.config)
 
 
 @pytest.mark.parametrize("attributes", [INTERRUPTED, INTERRUPTED_0_2])
@@ -216,7 +213,6 @@ def test_an_interrupted_trial_is_not_queued_that_the_space_does_not_have(space: 
 
 def test_a_trial_interrupted_before_it_had_a_config_is_not_queued() -> None:
     study = optuna.create_study()
-    study.ask()
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=INTERRUPTED))
     queue_interrupted(study, lambda trial: None)
-    assert is_interrupted(study.trials[0])
     assert queued(study) == []

@@ -11,8 +11,9 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_implicit.searches.outcome import CONFIG_ATTR, FAILURE_ATTR, METRICS_ATTR, is_interrupted
-from tune_implicit.searches.results import Summary, append_trials, earlier_seconds, read_trials
+from tune_implicit.searches.outcome import CONFIG_ATTR, FAILURE_ATTR, METRICS_ATTR
+from tune_implicit.searches.queue import has_ended
+from tune_implicit.searches.results import Summary, TrialsFile, earlier_seconds
 from tune_implicit.trials.config import merged
 
 __all__ = ["Ledger", "Progress"]
@@ -53,22 +54,23 @@ class Ledger:
         self,
         study: optuna.Study,
         folder: Path,
-        settings: Mapping[str, Any],
+        settings_of: Callable[[int], Mapping[str, Any]],
         n_trials: int,
         time_budget_s: float | None,
         on_progress: Callable[[Progress], object] | None,
-        saved_at: Callable[[FrozenTrial], str | None],
+        saved_at: Callable[[FrozenTrial], list[str]],
     ) -> None:
         self._study = study
         self._folder = folder
-        self._settings = settings
+        self._settings_of = settings_of
         self._n_trials = n_trials
         self._time_budget_s = time_budget_s
         self._on_progress = on_progress
         self._saved_at = saved_at
         self._start = time.monotonic()
         self._earlier_s = earlier_seconds(folder)
-        self._written = {trial.number for trial in read_trials(folder)}
+        self._list = TrialsFile(folder)
+        self._told = 0
         self._before = len(self._finished())
 
     @property
@@ -84,13 +86,14 @@ class Ledger:
     def update(self) -> None:
         """Take in the trials that finished since the last call."""
         finished = self._finished()
-        new = [trial for trial in finished if trial.number not in self._written]
-        if not new:
+        if len(finished) == self._told:
             return
-        start = min(trial.datetime_start for trial in finished if trial.datetime_start is not None)
-        append_trials(self._folder, [self._row(trial, start) for trial in new])
-        self._written |= {trial.number for trial in new}
-        if self._on_progress is not None:
+        self._told = len(finished)
+        # Other workers write the list as well.
+        listed = self._list.numbers()
+        start = min((trial.datetime_start for trial in finished if trial.datetime_start is not None), default=None)
+        self._list.append(self._row(trial, start) for trial in finished if trial.number not in listed)
+        if self._on_progress is not None and finished:
             self._on_progress(self._progress(finished))
 
     def summary(self, backend: str, metric: str, mode: str) -> Summary:
@@ -117,20 +120,19 @@ class Ledger:
         return Progress(len(finished), self._n_trials, best, skipped, fallback, troubled, self.elapsed_s, remaining)
 
     def _finished(self) -> list[FrozenTrial]:
-        trials = self._study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state.is_finished() and not is_interrupted(trial)]
+        return [trial for trial in self._study.get_trials(deepcopy=False) if has_ended(trial)]
 
-    def _row(self, trial: FrozenTrial, start: datetime) -> dict[str, Any]:
+    def _row(self, trial: FrozenTrial, start: datetime | None) -> dict[str, Any]:
         """Return the fields of the trial's :class:`TrialResult`."""
         attrs, began, ended = trial.user_attrs, trial.datetime_start, trial.datetime_complete
         return {
             "number": trial.number,
             "state": {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(trial.state, "failed"),
-            "value": trial.value if trial.state is not TrialState.FAIL else None,
-            "config": merged(self._settings, attrs.get(CONFIG_ATTR, trial.params)),
+            "value": trial.values[0] if trial.values and trial.state is not TrialState.FAIL else None,
+            "config": merged(self._settings_of(trial.number), attrs.get(CONFIG_ATTR, trial.params)),
             "metrics": attrs.get(METRICS_ATTR, {}),
             "failure": attrs.get(FAILURE_ATTR),
-            "started_s": (began - start).total_seconds() if began else 0.0,
-            "ended_s": (ended - start).total_seconds() if ended else 0.0,
+            "started_s": (began - start).total_seconds() if began and start else 0.0,
+            "ended_s": (ended - start).total_seconds() if ended and start else 0.0,
             "checkpoint": self._saved_at(trial),
         }

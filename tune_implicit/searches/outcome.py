@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "CHECKPOINT_ATTR",
     "CONFIG_ATTR",
     "CUT_OFF",
+    "ERROR_ATTR",
     "FAILURE_ATTR",
     "METRICS_ATTR",
     "RAY_TRIAL_ATTR",
@@ -26,21 +28,26 @@ __all__ = [
     "failure_of",
     "is_interrupted",
     "outcome_of",
+    "was_raised",
     "write_config",
     "write_failure",
     "write_outcome",
 ]
 
 # The user attributes of a trial in its study: its last record; what it says of how the trial did not learn; why it
-# failed; whether it was cut off; its config, where that is not its params; the artifact, or the trial of Ray's, that
-# holds its checkpoint.
+# failed, and the type of the exception if it raised one; whether it was cut off; its config, where that is not its
+# params; the artifact that holds its checkpoint; and of versions before 0.6, the trial of Ray's that does.
 METRICS_ATTR = "metrics"
 TROUBLES_ATTR = "troubles"
 FAILURE_ATTR = "failure"
+ERROR_ATTR = "raised"
 INTERRUPTED_ATTR = "interrupted"
 CONFIG_ATTR = "config"
 CHECKPOINT_ATTR = "checkpoint"
 RAY_TRIAL_ATTR = "ray_trial_id"
+
+# Of how many ul parameters the quantiles become columns.
+MOST_UL_COLUMNS = 10
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,15 @@ class Outcome:
         COMPLETE, PRUNED or FAIL.
     failure : str, optional
         Why it failed.
+    error : str, optional
+        The type of the exception, where it raised one.
     interrupted : bool
         Whether it neither ended nor was ended by a decision about it: a resumed search runs it again.
     """
 
     state: TrialState
     failure: str | None = None
+    error: str | None = None
     interrupted: bool = False
 
 
@@ -102,10 +112,31 @@ def write_config(trial: optuna.Trial, config: dict[str, Any]) -> None:
         trial.set_user_attr(CONFIG_ATTR, json.loads(json.dumps(config, default=number_or_text)))
 
 
-def write_outcome(trial: optuna.Trial, record: Record, outcome: Outcome) -> None:
+def write_outcome(
+    trial: optuna.Trial,
+    record: Record,
+    outcome: Outcome,
+    *,
+    flat: bool = False,
+    ul_quantiles: Mapping[str, Sequence[float]] | None = None,
+) -> None:
     """Write a trial's last record and how it ended into its study, before the trial is told.
 
     What JSON cannot hold, such as an engine's own objects and numbers that are not finite, is left out.
+
+    Parameters
+    ----------
+    trial : optuna.Trial
+        Whose study it is.
+    record : dict
+        Its last.
+    outcome : Outcome
+        How it ended.
+    flat : bool, default False
+        Whether each entry becomes an attribute of its own as well, which dashboards and ``trials_dataframe`` show as
+        rows and columns; it costs a write each.
+    ul_quantiles : mapping, optional
+        By parameter name, the quantiles 0, .05, .25, .5, .75, .95 and 1 of its ul values; where ``flat``.
     """
     plain = {
         name: value
@@ -113,17 +144,33 @@ def write_outcome(trial: optuna.Trial, record: Record, outcome: Outcome) -> None
         if isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
     }
     trial.set_user_attr(METRICS_ATTR, plain)
+    if flat:
+        taken = {METRICS_ATTR, TROUBLES_ATTR, FAILURE_ATTR, ERROR_ATTR, INTERRUPTED_ATTR, CONFIG_ATTR, CHECKPOINT_ATTR}
+        columns = {name: value for name, value in plain.items() if name not in taken}
+        for name, quantiles in list((ul_quantiles or {}).items())[:MOST_UL_COLUMNS]:
+            low, median, high = quantiles[0], quantiles[len(quantiles) // 2], quantiles[-1]
+            columns |= {f"ul {name} least": low, f"ul {name} median": median, f"ul {name} largest": high}
+        for name, value in columns.items():
+            trial.set_user_attr(name, value)
     if troubles := sentences(plain):
         trial.set_user_attr(TROUBLES_ATTR, troubles)
     write_failure(trial, outcome)
 
 
 def write_failure(trial: optuna.Trial, outcome: Outcome) -> None:
-    """Write why a trial failed into its study, where it did."""
-    if outcome.failure is not None:
+    """Write why a trial failed into its study, where it did, in place of what an earlier run of it said."""
+    said = trial.user_attrs
+    if outcome.failure is not None or said.get(FAILURE_ATTR) is not None:
         trial.set_user_attr(FAILURE_ATTR, outcome.failure)
-    if outcome.interrupted:
-        trial.set_user_attr(INTERRUPTED_ATTR, True)
+    if outcome.error is not None or said.get(ERROR_ATTR) is not None:
+        trial.set_user_attr(ERROR_ATTR, outcome.error)
+    if outcome.interrupted or said.get(INTERRUPTED_ATTR):
+        trial.set_user_attr(INTERRUPTED_ATTR, outcome.interrupted)
+
+
+def was_raised(trial: FrozenTrial) -> bool:
+    """Return whether a trial waits that has ended a search by what it raised."""
+    return trial.state is TrialState.WAITING and bool(trial.user_attrs.get(ERROR_ATTR))
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import numbers
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ __all__ = [
     "SearchResult",
     "Summary",
     "TrialResult",
-    "append_trials",
+    "TrialsFile",
     "earlier_seconds",
     "load_search",
     "number_or_text",
@@ -177,7 +178,7 @@ class SearchResult:
     @classmethod
     def write(cls, output: Path, summary: Summary) -> "SearchResult":
         """Write ``summary`` into the folder ``output``, and return what the folder then holds."""
-        partial = output / (SUMMARY_FILE + ".partial")
+        partial = output / f"{SUMMARY_FILE}.{os.getpid()}.partial"
         partial.write_text(json.dumps(dataclasses.asdict(summary), indent=2))
         partial.replace(output / SUMMARY_FILE)
         return cls(output, summary, read_trials(output))
@@ -207,21 +208,47 @@ def earlier_seconds(folder: Path) -> float:
         return 0.0
 
 
-def append_trials(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add finished trials to the folder's list, one JSON object a line.
+class TrialsFile:
+    """The list of finished trials in a search's folder, one JSON object a line, which several workers may add to."""
 
-    Parameters
-    ----------
-    folder : path
-        The search's folder.
-    rows : iterable of dict
-        The fields of :class:`TrialResult`; ``checkpoint`` is a pattern below the folder, since an engine may write the
-        file later.
-    """
-    with (folder / TRIALS_FILE).open("a") as file:
-        for row in rows:
-            # It starts with a line break so that a line cut short by a kill spoils no other.
-            file.write("\n" + json.dumps(row, default=number_or_text))
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / TRIALS_FILE
+        self._read = 0  # bytes
+        self._numbers: set[int] = set()
+
+    def numbers(self) -> set[int]:
+        """Return the numbers of the trials in it."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                lines = file.read()
+            whole = lines[: lines.rfind(b"\n") + 1]
+            self._read += len(whole)
+            self._numbers |= {row["number"] for row in _rows(whole.decode())}
+        return self._numbers
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add finished trials.
+
+        Parameters
+        ----------
+        rows : iterable of dict
+            The fields of :class:`TrialResult`; ``checkpoint`` is a list of patterns below the folder, since an engine
+            may write the file later.
+        """
+        with self._path.open("a") as file:
+            for row in rows:
+                # It starts with a line break so that a line cut short by a kill spoils no other.
+                file.write("\n" + json.dumps(row, default=number_or_text) + "\n")
+                self._numbers.add(row["number"])
+
+
+def _rows(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # empty, or cut short
+            continue
 
 
 def number_or_text(value: object) -> int | float | str:
@@ -238,11 +265,8 @@ def read_trials(folder: Path) -> list[TrialResult]:
     """Return the folder's list of finished trials, by number."""
     path = folder / TRIALS_FILE
     trials = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # empty, or cut short
-            continue
-        files = sorted(folder.glob(row["checkpoint"])) if row["checkpoint"] else []
+    for row in _rows(path.read_text() if path.exists() else ""):
+        patterns = [row["checkpoint"]] if isinstance(row["checkpoint"], str) else row["checkpoint"] or []
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         trials[row["number"]] = TrialResult(**{**row, "checkpoint": files[-1] if files else None})
     return [trials[number] for number in sorted(trials)]

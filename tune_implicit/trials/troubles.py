@@ -88,7 +88,7 @@ TROUBLES = {
         at_end=True,
     ),
     "diverged": Trouble(
-        lambda record: record["ended_by"] == "divergence",
+        lambda record: record.get("ended_by") == "divergence",
         lambda record: (
             f"The trial diverged, and its report of ul step {record['kept_ul_step']} is kept. {record['divergence']}"
         ),
@@ -121,7 +121,7 @@ def _taken(record: Record) -> int:
 
 def _ran_short(record: Record) -> bool:
     """Return whether a trial ended by its budget, before its last ul step: it may only have had too few of them."""
-    return bool(record["ended_by"] == "budget")
+    return bool(record.get("ended_by") == "budget")
 
 
 def troubles_of(record: Record) -> list[str]:

@@ -1,6 +1,7 @@
 """ImplicitObjective in an ordinary study; what it shares with Ray Tune is in ``test_contract.py``."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,25 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from tests.support import toy
 from tests.support.toy import PruneAt
-from tune_implicit import ImplicitObjective, InvalidTypeError, InvalidValueError, LearningWarning
-from tune_implicit.searches.engines.optuna_study import saved_at
+from tune_implicit import (
+    CheckpointError,
+    ImplicitObjective,
+    InvalidTypeError,
+    InvalidValueError,
+    LearningWarning,
+    NoCompletedTrialError,
+    load_ul_state,
+    requeue,
+)
+from tune_implicit.searches.borrowed import storage_of
 from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
+from tune_implicit.trials.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -45,7 +56,7 @@ def test_a_trial_without_a_study_runs_as_well() -> None:
 
 def test_a_study_of_several_objectives_is_refused() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
-    with pytest.raises(InvalidValueError, match=r"must have one direction, got 2: .* `metrics` of the BilevelProblem"):
+    with pytest.raises(InvalidValueError, match=r"as many directions as there are `metrics`, got 2 for select_loss"):
         study.optimize(objective(), n_trials=1)
 
 
@@ -199,7 +210,7 @@ def test_a_trial_is_saved_with_its_ul_values(tmp_path: Path) -> None:
     trial = run_one(objective(artifact_store=store, checkpoint_frequency=1))
     # Each save takes the place of the one before.
     assert [path.name for path in tmp_path.iterdir()] == [trial.user_attrs["checkpoint"]]
-    saved = torch.load(tmp_path / trial.user_attrs["checkpoint"], weights_only=True)
+    saved = read_checkpoint(tmp_path / trial.user_attrs["checkpoint"])
     assert (saved["trainer"]["ul_model"]["log_l2"] != -3.0).all()
     assert saved["history"][-1]["select_loss"] == trial.value
 
@@ -235,15 +246,14 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_to_the_same_bits(
     store, study = FileSystemArtifactStore(tmp_path), new_study()
     with pytest.raises(toy.MistakeError):
         run_one(objective(problem=killed, settings=settings, artifact_store=store, checkpoint_frequency=1), study)
-    checkpoint = study.trials[0].user_attrs["checkpoint"]
-    study.enqueue_trial(study.trials[0].params, user_attrs={"checkpoint": checkpoint})
+    assert requeue(study) == 1
     again = objective(problem=killed, settings=settings, artifact_store=store, checkpoint_frequency=1)
     study.optimize(again, n_trials=1)
     trial = study.trials[1]
     assert trial.value == expected.value
     assert trial.user_attrs["metrics"] == expected.user_attrs["metrics"]
     assert measured == of + 1  # what was done is not done again
-    saved = torch.load(tmp_path / trial.user_attrs["checkpoint"], weights_only=True)
+    saved = read_checkpoint(tmp_path / trial.user_attrs["checkpoint"])
     assert saved["best"]["record"]["select_loss"] == trial.value
     assert len(saved["history"]) == of
 
@@ -268,7 +278,62 @@ def test_a_failed_trial_is_saved_as_well(tmp_path: Path) -> None:
     assert (tmp_path / trial.user_attrs["checkpoint"]).exists()
 
 
-def test_a_trial_is_found_where_it_was_saved() -> None:
-    saved = create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs={"checkpoint": "a1"})
-    other = create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs={"ray_trial_id": "a1"})
-    assert (saved_at(saved), saved_at(other)) == ("artifacts/a1", None)
+def test_two_threads_of_one_process_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match=r"`n_jobs` of study\.optimize must be 1.*Start several processes"):
+        new_study().optimize(objective(), n_trials=4, n_jobs=2)
+
+
+def test_several_objectives_have_a_front() -> None:
+    study = new_study(directions=["minimize", "minimize"])
+    study.optimize(objective(metrics=["select_loss", "gradient_evaluations"]), n_trials=4)
+    for trial in study.trials:
+        assert trial.values == [trial.user_attrs["select_loss"], trial.user_attrs["gradient_evaluations"]]
+    assert study.best_trials
+
+
+def test_the_largest_of_a_loss_is_refused_among_several_objectives() -> None:
+    study = new_study(directions=["minimize", "maximize"])
+    with pytest.raises(InvalidValueError, match="`metric` 'validate_loss' is a loss, of which the least is best"):
+        study.optimize(objective(metrics=["error", "validate_loss"]), n_trials=1)
+
+
+def test_dashboards_and_dataframes_see_columns() -> None:
+    study = new_study()
+    run_one(objective(), study)
+    columns = set(study.trials_dataframe().columns)
+    assert {"user_attrs_error", "user_attrs_hvps", "user_attrs_ul log_l2 median"} <= columns
+
+
+def test_an_artifact_that_is_linked_is_there_and_of_the_right_kind(tmp_path: Path) -> None:
+    store, study = FileSystemArtifactStore(tmp_path), new_study()
+    trial = run_one(objective(artifact_store=store, save_every_s=0.0), study)
+    (link,) = get_all_artifact_meta(trial, storage=storage_of(study))
+    assert (link.artifact_id, link.mimetype) == (trial.user_attrs["checkpoint"], "application/octet-stream")
+    assert [path.name for path in tmp_path.iterdir()] == [link.artifact_id]
+
+
+class Full(FileSystemArtifactStore):
+    """A disk that is full."""
+
+    def write(self, artifact_id: str, content_body: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_store_that_fails_keeps_the_value(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Trial 0 could not be saved: OSError: .*its value is kept.*Free room on"):
+        trial = run_one(objective(artifact_store=Full(tmp_path), save_every_s=0.0))
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, run_one(objective()).value)
+
+
+def test_the_best_trials_ul_values_start_another(tmp_path: Path) -> None:
+    study = new_study()
+    study.optimize(objective(artifact_store=FileSystemArtifactStore(tmp_path)), n_trials=3)
+    learned = load_ul_state(study, tmp_path)
+    assert learned["log_l2"].shape == (4,)
+    begun = run_one(objective(initial_ul_state=learned, settings=toy.SETTINGS | {"ul_learning_rate": 0.0}))
+    assert begun.user_attrs["ul log_l2 largest"] == pytest.approx(float(learned["log_l2"].max()))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is not in `artifact_store`\. Pass the store"):
+        load_ul_state(study, tmp_path)
+    with pytest.raises(NoCompletedTrialError, match="No trial of the study"):
+        load_ul_state(new_study(), tmp_path)

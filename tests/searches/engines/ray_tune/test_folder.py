@@ -4,21 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from tune_implicit.searches.engines.ray_tune.folder import saved
 
-from tune_implicit.searches.engines.ray_tune.folder import saved_at
-
-ROOM = saved_at.__module__
-
-
-def trial(**attributes: str) -> FrozenTrial:
-    return create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=attributes)
-
-
-@pytest.mark.parametrize("attributes", [{}, {"checkpoint": "an artifact of Optuna's"}])
-def test_a_trial_of_another_engine_is_not_here(attributes: dict[str, str]) -> None:
-    assert saved_at(trial(**attributes)) is None
+ROOM = saved.__module__
 
 
 def test_a_trials_files_are_found_and_no_others(tmp_path: Path) -> None:
@@ -28,7 +16,7 @@ def test_a_trials_files_are_found_and_no_others(tmp_path: Path) -> None:
             (tmp_path / "ray" / name / checkpoint).mkdir(parents=True)
             (tmp_path / "ray" / name / checkpoint / "trial.pt").touch()
     (tmp_path / "ray" / "_inner_2f1c_00001_1_k=3_2026-11-24_04-12-40" / "result.json").touch()
-    files = sorted(tmp_path.glob(saved_at(trial(ray_trial_id="2f1c_00001"))))
+    files = saved(tmp_path, "2f1c_00001")
     assert [(file.parts[-3][:19], file.parts[-2], file.name) for file in files] == [
         ("_inner_2f1c_00001_1", "checkpoint_000000", "trial.pt"),
         ("_inner_2f1c_00001_1", "checkpoint_000001", "trial.pt"),

@@ -15,7 +15,8 @@ from ray.tune.schedulers import ASHAScheduler
 from tests.support import toy
 from tests.support.toy import on_optuna
 from tune_implicit import ImplicitOptunaSearch, InvalidTypeError, InvalidValueError, StorageError
-from tune_implicit.searches.outcome import CUT_OFF, is_interrupted
+from tune_implicit.searches.borrowed import running_trial
+from tune_implicit.searches.leases import Lease, lease_of
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -42,7 +43,7 @@ def test_a_completed_trial_has_its_value_and_metrics() -> None:
     assert trial.intermediate_values == {2: 0.5, 4: 0.25}
     # Only what the trial itself reports, as on Optuna: none of Tune's own entries.
     assert trial.user_attrs["metrics"] == {"select_loss": 0.25, "ul_step": 4, "completed": True}
-    assert trial.user_attrs["ray_trial_id"] == "a"
+    assert lease_of(trial).runs == ("a",)
 
 
 def test_a_stopped_trial_is_pruned_at_its_last_value() -> None:
@@ -55,25 +56,58 @@ def test_a_stopped_trial_is_pruned_at_its_last_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "reason", "interrupted"),
+    ("end", "reason"),
     [
-        ({"result": result(select_loss=math.nan, completed=True)}, "`select_loss` became nan", False),
-        ({"result": result(select_loss=math.inf, failure="The ll loss became nan.")}, "The ll loss became nan", False),
-        ({"error": True}, "see Ray Tune's folder of trial a", False),
-        ({"result": result(), "error": True}, "see Ray Tune's folder of trial a", False),
-        ({"result": result()}, CUT_OFF.failure, True),
-        ({}, CUT_OFF.failure, True),
+        ({"result": result(select_loss=math.nan, completed=True)}, "`select_loss` became nan"),
+        ({"result": result(select_loss=math.inf, failure="The ll loss became nan.")}, "The ll loss became nan"),
+        ({"error": True}, "see Ray Tune's folder of trial a"),
+        ({"result": result(), "error": True}, "see Ray Tune's folder of trial a"),
     ],
 )
-def test_a_trial_without_a_value_fails_with_its_reason(end: dict[str, Any], reason: str, interrupted: bool) -> None:
+def test_a_trial_without_a_value_fails_with_its_reason(end: dict[str, Any], reason: str) -> None:
     searcher = ImplicitOptunaSearch(toy.SPACE)
     searcher.suggest("a")
     searcher.on_trial_complete("a", **end)
     (trial,) = searcher.study.trials
     assert trial.state is TrialState.FAIL
     assert reason in trial.user_attrs["failure"]
-    assert is_interrupted(trial) is interrupted
     assert not any(value != value for value in trial.user_attrs["metrics"].values())
+
+
+@pytest.mark.parametrize("end", [{"result": result()}, {}], ids=["between two reports", "before the first"])
+def test_a_trial_that_was_cut_off_goes_back_to_the_queue(end: dict[str, Any]) -> None:
+    searcher = ImplicitOptunaSearch(toy.SPACE)
+    config = searcher.suggest("a")
+    searcher.on_trial_complete("a", **end)
+    assert [trial.state for trial in searcher.study.trials] == [TrialState.WAITING]
+    assert searcher.suggest("b") == config
+    assert lease_of(searcher.study.trials[0]).runs == ("a", "b")
+
+
+def test_a_study_may_be_ahead_of_a_searcher_that_is_restored(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.journal")
+    searcher = ImplicitOptunaSearch(toy.SPACE, storage=storage)
+    for name in "abc":
+        searcher.suggest(name)
+    searcher.on_trial_result("b", result(2))
+    searcher.save(str(tmp_path / "searcher"))
+    # Told after the file was written, by a driver that was then killed.
+    searcher.on_trial_complete("a", result(4, completed=True, done=True))
+    searcher.on_trial_result("b", result(4))
+    restored = ImplicitOptunaSearch(toy.SPACE, storage=storage)
+    restored.restore(str(tmp_path / "searcher"))
+    for name in "ab":
+        restored.on_trial_result(name, result(4))
+        restored.on_trial_complete(name, result(4, completed=True, done=True))
+    assert [trial.state.name for trial in restored.study.trials] == ["COMPLETE", "COMPLETE", "RUNNING"]
+
+
+def test_a_trial_that_another_worker_has_is_told_by_that_one() -> None:
+    searcher = ImplicitOptunaSearch(toy.SPACE)
+    searcher.suggest("a")
+    Lease("another/1/1/a", ("x",)).write(running_trial(searcher.study, searcher.study.trials[0]))
+    searcher.on_trial_complete("a", result(4, completed=True, done=True))
+    assert [trial.state for trial in searcher.study.trials] == [TrialState.RUNNING]
 
 
 def test_a_paused_trial_that_its_scheduler_gives_up_is_pruned() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayTaskError
 
@@ -17,7 +18,9 @@ from tests.support.toy import InTurn, run, study_in
 from tune_implicit import ImplicitOptunaSearch, LearningWarning
 from tune_implicit.searches.engines.base import Work
 from tune_implicit.searches.engines.ray_tune import tuner
-from tune_implicit.searches.outcome import is_interrupted
+from tune_implicit.searches.failures import Failures
+from tune_implicit.searches.leases import Leases
+from tune_implicit.searches.queue import TrialQueue
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -45,14 +48,14 @@ def test_search_goes_on_after_a_trial_whose_worker_dies_each_time(
     assert found.trials[1].value == found.trials[2].value
 
 
-def test_trials_that_run_when_the_time_is_over_are_ended(output: Path) -> None:
+def test_trials_that_run_when_the_time_is_over_are_put_back(output: Path) -> None:
     endless = toy.SETTINGS | {"ul_steps": 10**9}
     found = run(output, 2, backend="ray", settings=endless, time_budget_s=3)
     assert not found.interrupted  # it ended as it was asked to
     assert found.trials == []
     trials = study_in(output).trials
     assert trials
-    assert all(is_interrupted(trial) for trial in trials)
+    assert {trial.state for trial in trials} == {TrialState.WAITING}
 
 
 def raised_with(error: Exception, output: Path, monkeypatch: pytest.MonkeyPatch) -> BaseException:
@@ -62,9 +65,10 @@ def raised_with(error: Exception, output: Path, monkeypatch: pytest.MonkeyPatch)
         return SimpleNamespace(fit=lambda: setattr(watcher, "error", error))
 
     monkeypatch.setattr(tuner.RayEngine, "_tuner", seen)
-    work = Work(toy.problem, toy.SPACE, None, toy.SETTINGS, "select_loss", "min", output)
-    with pytest.raises(Exception, match="wrong") as caught:
-        tuner.RayEngine(work).run(optuna.create_study(study_name="s"), 1, None, lambda: None)
+    failures, study = Failures(None, output), optuna.create_study(study_name="s")
+    work = Work(toy.problem, toy.SPACE, None, toy.SETTINGS, "select_loss", "min", output, 0, failures, lambda run: [])
+    with Leases(study) as leases, pytest.raises(Exception, match="wrong") as caught:
+        tuner.RayEngine(work).run(TrialQueue(study, 1, leases), None, lambda: None)
     return caught.value
 
 

@@ -1,17 +1,20 @@
 """Where a search on Ray Tune leaves its trials. It loads no Ray, so that a resumed search finds them on any engine."""
 
-from optuna.trial import FrozenTrial
+from pathlib import Path
 
-from tune_implicit.searches.outcome import RAY_TRIAL_ATTR
 from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
 
-__all__ = ["FOLDER", "saved_at"]
+__all__ = ["FOLDER", "pattern_of", "saved"]
 
 # Tune's own folder, in that of the search.
 FOLDER = "ray"
 
 
-def saved_at(trial: FrozenTrial) -> str | None:
-    """Return the pattern of the file that a trial was saved to, below the search's folder; ``None`` for another's."""
-    trial_id = trial.user_attrs.get(RAY_TRIAL_ATTR)
-    return None if trial_id is None else f"{FOLDER}/*_{trial_id}_*/checkpoint_*/{CHECKPOINT_FILE}"
+def pattern_of(trial_id: str) -> str:
+    """Return the pattern of the files that one of Ray's trials is saved to, below the search's folder."""
+    return f"{FOLDER}/*_{trial_id}_*/checkpoint_*/{CHECKPOINT_FILE}"
+
+
+def saved(folder: Path, trial_id: str) -> list[Path]:
+    """Return the files that one of Ray's trials was saved to, the oldest first."""
+    return sorted(folder.glob(pattern_of(trial_id)))

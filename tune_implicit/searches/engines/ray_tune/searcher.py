@@ -1,6 +1,5 @@
 """Ray Tune's OptunaSearch, with each trial's true end in its Optuna study."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,23 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from ray import cloudpickle
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_implicit.errors import InvalidValueError
 from tune_implicit.searches.borrowed import stored
 from tune_implicit.searches.engines.ray_tune.borrowed import RESULT_KEYS, completed_trials, study_of, trials_of
+from tune_implicit.searches.leases import LEASE_S, LeaseLostError, Leases, lease_of
 from tune_implicit.searches.outcome import (
     CUT_OFF,
-    RAY_TRIAL_ATTR,
     Outcome,
     failure_of,
     outcome_of,
     write_config,
     write_outcome,
 )
-from tune_implicit.searches.space import Space, call_space, check_space
+from tune_implicit.searches.queue import TrialQueue
+from tune_implicit.searches.space import Space, check_space, suggest
 from tune_implicit.searches.study import open_storage
 from tune_implicit.trials.record import Record, check_metric
 
@@ -56,6 +57,8 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
         The seed of the default sampler.
     points_to_evaluate : list of dict, optional
         Complete params to try first.
+    lease_s : float, default 60
+        Seconds without a sign of life after which other workers of the study may take over this one's trials.
 
     Raises
     ------
@@ -76,13 +79,17 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
         sampler: BaseSampler | None = None,
         seed: int | None = None,
         points_to_evaluate: list[dict[str, Any]] | None = None,
+        lease_s: float = LEASE_S,
     ) -> None:
         check_space(space)
         check_metric(metric, mode)
-        self._configs = _DefineByRun(space) if callable(space) else None
         self._last_steps: dict[str, int] = {}
+        self._lease_s = lease_s
+        self._queue: TrialQueue | None = None
+        # Trials that another worker has taken over.
+        self.lost: set[str] = set()
         super().__init__(
-            self._configs or space,
+            space,
             metric=metric,
             mode=mode,
             points_to_evaluate=points_to_evaluate,
@@ -112,19 +119,37 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
             )
         return bool(super().set_search_properties(metric, mode, config, **spec))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Return the config of the trial ``trial_id``."""
-        config: dict[str, Any] | None = super().suggest(trial_id)
+    @property
+    def queue(self) -> TrialQueue:
+        """Where trials come from, and are told of."""
+        if self._queue is None:
+            leases = Leases(self.study, self._lease_s).__enter__()  # until the process ends
+            self._queue = TrialQueue(self.study, None, leases)
+        return self._queue
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the config of the trial ``trial_id``; ``None`` for none yet, and Ray's FINISHED for none any more."""
+        if trial_id not in trials_of(self):
+            trial = self.queue.take(trial_id)
+            if trial is None:
+                return str(Searcher.FINISHED) if self.queue.over else None
+            trials_of(self)[trial_id] = trial
         trial = trials_of(self)[trial_id]
-        trial.set_user_attr(RAY_TRIAL_ATTR, trial_id)
-        if self._configs is not None and self._configs.returned is not None:
-            config = self._configs.returned
-            write_config(trial, config)
+        config = suggest(trial, self._space)
+        write_config(trial, config)
         return config
 
     def on_trial_result(self, trial_id: str, result: Record) -> None:
         """Report a running trial's value to the study, at its ul step."""
-        if trial_id not in completed_trials(self) and failure_of(result, self.metric) is None:
+        if trial_id in completed_trials(self):
+            return
+        try:
+            self.queue.leases.check(trials_of(self)[trial_id])
+        except LeaseLostError:
+            completed_trials(self).add(trial_id)
+            self.lost.add(trial_id)
+            return
+        if failure_of(result, self.metric) is None:
             self._report(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: Record | None = None, error: bool = False) -> None:
@@ -134,20 +159,22 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
         completed_trials(self).add(trial_id)
         trial = trials_of(self)[trial_id]
         outcome = self._end_of(trial, result, error)
+        if outcome is CUT_OFF:
+            self.queue.give_back(trial)
+            return
         record = {name: value for name, value in (result or {}).items() if not name.startswith("config/")}
         write_outcome(trial, {name: value for name, value in record.items() if name not in RESULT_KEYS}, outcome)
         if outcome.failure is None and result:
             # Tune does not pass a trial's last result to `on_trial_result`.
             self._report(trial_id, result)
         value = result[self.metric] if result and outcome.state is TrialState.COMPLETE else None
-        self._tell(trial, value, outcome.state)
+        self.queue.tell(trial, value, outcome.state)
 
     def _end_of(self, trial: optuna.Trial, result: Record | None, error: bool) -> Outcome:
         if error:
-            ray_trial = trial.user_attrs.get(RAY_TRIAL_ATTR)
+            run = self.queue.leases.runs(trial)[-1]
             return Outcome(
-                TrialState.FAIL,
-                f"The trial raised an error or lost its worker: see Ray Tune's folder of trial {ray_trial}.",
+                TrialState.FAIL, f"The trial raised an error or lost its worker: see Ray Tune's folder of trial {run}."
             )
         if result is None:
             # A paused trial that its scheduler gives up has no last result to hand over.
@@ -159,21 +186,15 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     def _report(self, trial_id: str, result: Record) -> None:
         step = int(result.get("ul_step") or result["training_iteration"])
         # A trial that lost its worker takes the steps since its last checkpoint once more.
-        if step > self._last_steps.get(trial_id, -1):
+        if trial_id not in self._last_steps:
+            known = stored(self.study, trials_of(self)[trial_id]).intermediate_values
+            self._last_steps[trial_id] = max(known, default=-1)
+        if step > self._last_steps[trial_id]:
             value: float = result[self.metric]
             # The last record of a completed trial has the value that is kept, and what was measured last beside it.
             measured = result.get("last_value", value) if value == result.get("kept_value") else value
             trials_of(self)[trial_id].report(measured, step)
             self._last_steps[trial_id] = step
-
-    def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
-        try:
-            self.study.tell(trial, value, state=state)
-        except RuntimeError:
-            # A sampler with no more to propose, such as GridSampler, stops the study, which Optuna allows inside
-            # `optimize` alone; by then the trial is told.
-            if not stored(self.study, trial).state.is_finished():
-                raise
 
     def on_pause(self, trial_id: str) -> None:
         """Do nothing; schedulers that pause trials call it on every searcher."""
@@ -184,19 +205,21 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Write the searcher to a file, a space defined in a script included."""
         with Path(checkpoint_path).open("wb") as file:
-            cloudpickle.dump(self.__dict__, file)
+            cloudpickle.dump(self.__getstate__(), file)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The leases are this process's; another takes its own.
+        return self.__dict__ | {"_queue": None}
 
-class _DefineByRun:
-    """A define-by-run space whose returned dict is the whole config, as it is for :class:`ImplicitObjective`.
-
-    ``OptunaSearch`` would add every suggested param to it, those that the space only computes with included.
-    """
-
-    def __init__(self, space: Callable[[optuna.Trial], dict[str, Any] | None]) -> None:
-        self._space = space
-        self.returned: dict[str, Any] | None = None
-
-    def __call__(self, trial: optuna.Trial) -> dict[str, Any] | None:
-        self.returned = call_space(self._space, trial)
-        return self.returned
+    def restore(self, checkpoint_path: str) -> None:
+        """Read the searcher from a file; its study may be ahead of it, and knows what has ended since."""
+        super().restore(checkpoint_path)
+        for trial_id, trial in trials_of(self).items():
+            now = stored(self.study, trial)
+            if now.state is TrialState.RUNNING:
+                lease = lease_of(now)
+                runs = lease.runs if lease is not None else (trial_id,)
+                self.queue.leases.take(trial, self.queue.leases.new(*runs))
+                self._last_steps[trial_id] = max(now.intermediate_values, default=-1)
+            else:
+                completed_trials(self).add(trial_id)

@@ -1,6 +1,8 @@
 """Ray Tune: an ordinary class Trainable in an ordinary Tuner."""
 
 import math
+import os
+import threading
 import time
 import warnings
 from functools import cached_property
@@ -11,7 +13,8 @@ from ray import tune
 
 from tune_implicit.errors import StorageError
 from tune_implicit.searches.engines.ray_tune.borrowed import REPEAT, SAVE_NOW
-from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
+from tune_implicit.searches.timeout import EXIT_CODE, reason_of
+from tune_implicit.trials.checkpoint import CHECKPOINT_FILE, read_newest
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
 from tune_implicit.trials.saving import SaveClock
@@ -19,7 +22,10 @@ from tune_implicit.trials.settings import ImplicitSettings
 from tune_implicit.trials.trial import TRIAL_FAILURES, ProblemFactory, Trial
 from tune_implicit.trials.troubles import TroubleTeller
 
-__all__ = ["ImplicitTrainable"]
+__all__ = ["RESUME_FROM", "ImplicitTrainable"]
+
+# The key of a config under which a search names the files that a trial may go on from.
+RESUME_FROM = "__resume_from__"
 
 
 class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
@@ -59,6 +65,8 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         mode: str = "min",
         save_every_s: float = 30.0,
         initial_ul_state: Any = None,
+        trial_timeout_s: float | None = None,
+        timeouts: Path | None = None,
     ) -> None:
         """Keep what makes a trial."""
         # `tune.with_parameters` passes these to `setup` alone, and a reused actor sees only `reset_config`.
@@ -66,6 +74,8 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         self._data = data
         self._metric, self._mode = metric, mode
         self._save_every_s = save_every_s
+        self._timeout_s, self._timeouts = trial_timeout_s, timeouts
+        self._timer: threading.Timer | None = None
         # Passed on only where there is one.
         self._start = {} if initial_ul_state is None else {"initial_ul_state": initial_ul_state}
         self._troubles = TroubleTeller()
@@ -76,11 +86,33 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
     def _trial(self) -> Trial:
         # Built by the call that first needs it. A mistake then reaches the search as itself, where one in an actor's
         # constructor only kills the actor; and the trial before it is gone from memory.
-        config = _of_one_repeat(self._own_config)
+        config = dict(_of_one_repeat(self._own_config))
+        saved = config.pop(RESUME_FROM, ())
         trial = Trial(self._problem, config, self._data, self._metric, self._mode, **self._start)
         if trial.problem.selected_on != "select_data":
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
+        if newest := read_newest(Path(file) for file in saved):
+            trial.load(newest[0])
+        if self._timeout_s is not None:
+            self._timer = threading.Timer(self._timeout_s, self._end)
+            self._timer.daemon = True
+            self._timer.start()
         return trial
+
+    def _end(self) -> None:
+        """End this worker, whose trial takes too long, and leave word of it to the one that Tune starts instead."""
+        if self._timeouts is not None:
+            self._timeouts.mkdir(parents=True, exist_ok=True)
+            (self._timeouts / self.trial_id).touch()
+        os._exit(EXIT_CODE)
+
+    def _was_ended(self) -> bool:
+        return self._timeouts is not None and (self._timeouts / self.trial_id).exists()
+
+    def cleanup(self) -> None:
+        """Let go of the trial."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     @cached_property
     def _saves(self) -> SaveClock:
@@ -88,6 +120,9 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> Record:
         """Advance the trial to its next report; of one that is completed, return the last record again."""
+        if self._was_ended():
+            reason = reason_of(self._timeout_s or 0.0)
+            return {self._metric: self._worst, "ul_step": 0, "completed": False, "failure": reason, "done": True}
         saves = self._saves
         try:
             record = self._trial.advance()
@@ -142,6 +177,7 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make this worker ready for the next trial, which shares nothing with the one before."""
+        self.cleanup()
         self.__dict__.pop("_trial", None)
         self.__dict__.pop("_saves", None)
         self._own_config = new_config

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import optuna
+from optuna.trial import TrialState
 from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as RayTrial
@@ -16,11 +17,13 @@ from ray.tune.schedulers import TrialScheduler
 
 from tune_implicit.searches.borrowed import storage_of
 from tune_implicit.searches.engines.base import Work
-from tune_implicit.searches.engines.ray_tune.borrowed import raised_by
-from tune_implicit.searches.engines.ray_tune.cluster import connected, places
+from tune_implicit.searches.engines.ray_tune.borrowed import completed_trials, raised_by, trials_of
+from tune_implicit.searches.engines.ray_tune.cluster import connected, places, probe
 from tune_implicit.searches.engines.ray_tune.folder import FOLDER
 from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
-from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
+from tune_implicit.searches.engines.ray_tune.trainable import RESUME_FROM, ImplicitTrainable
+from tune_implicit.searches.outcome import Outcome, write_failure
+from tune_implicit.searches.queue import TrialQueue
 from tune_implicit.searches.quiet import quiet_ray
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
@@ -48,6 +51,8 @@ class RayEngine:
         As many as fit by default.
     cpus_per_trial, gpus_per_trial : float
         What a trial occupies.
+    address : str, optional
+        Of a cluster to join.
     """
 
     work: Work
@@ -55,43 +60,43 @@ class RayEngine:
     max_concurrent_trials: int | None = None
     cpus_per_trial: float = 1
     gpus_per_trial: float = 0
+    address: str | None = None
 
-    def run(
-        self, study: optuna.Study, n_trials: int, time_budget_s: float | None, on_trial_end: Callable[[], None]
-    ) -> None:
-        """Run ``n_trials`` trials more in ``study``; those that run when the time is over are ended.
+    def run(self, queue: TrialQueue, time_budget_s: float | None, on_trial_end: Callable[[], None]) -> None:
+        """Run trials of ``queue`` until it is over; those that run when the time is over are put back.
 
         Raises
         ------
         InvalidValueError
             If a trial needs more than this machine has.
         Exception
-            What a trial raised, if one did: a mistake in the problem or the space.
+            What a trial raised, if that ends the search: a mistake in the problem or the space.
         """
-        work = self.work
-        searcher = _PatientSearch(
-            work.space,
-            work.metric,
-            work.mode,
-            storage=storage_of(study),
-            study_name=study.study_name,
-            sampler=study.sampler,
-        )
+        searcher = _WorkSearch(self.work, queue)
         watcher = _Watcher(on_trial_end, searcher)
-        with quiet_ray(), _own_ctrl_c(), connected(self.cpus_per_trial, self.gpus_per_trial):
-            self._tuner(searcher, watcher, n_trials, time_budget_s).fit()
+        try:
+            with quiet_ray(), connected(self.cpus_per_trial, self.gpus_per_trial, self.address), _own_ctrl_c():
+                probe(self.work.folder)
+                self._tuner(searcher, watcher, time_budget_s).fit()
+        finally:
+            searcher.give_back()
         if isinstance(watcher.error, RayTaskError):
             # As the trial raised it; the worker's traceback is what it comes from.
             raise watcher.error.cause from watcher.error
         if watcher.error is not None:
             raise watcher.error
 
-    def _tuner(
-        self, searcher: "_PatientSearch", watcher: "_Watcher", n_trials: int, time_budget_s: float | None
-    ) -> tune.Tuner:
+    def _tuner(self, searcher: "_WorkSearch", watcher: "_Watcher", time_budget_s: float | None) -> tune.Tuner:
         work, cpus, gpus = self.work, self.cpus_per_trial, self.gpus_per_trial
         trainable = tune.with_parameters(
-            ImplicitTrainable, problem=work.problem, data=work.data, metric=work.metric, mode=work.mode
+            ImplicitTrainable,
+            problem=work.problem,
+            data=work.data,
+            metric=work.metric,
+            mode=work.mode,
+            initial_ul_state=work.initial_ul_state,
+            trial_timeout_s=work.trial_timeout_s,
+            timeouts=None if work.trial_timeout_s is None else work.folder.absolute() / "timeouts",
         )
         return tune.Tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
@@ -99,7 +104,7 @@ class RayEngine:
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=self.scheduler,
-                num_samples=n_trials,
+                num_samples=-1,  # the queue knows when it is over
                 metric=work.metric,
                 mode=work.mode,
                 time_budget_s=time_budget_s,
@@ -111,6 +116,8 @@ class RayEngine:
                 storage_path=str(work.folder.absolute()),
                 callbacks=[watcher],
                 stop=_StopWhen(watcher),
+                # Schedulers that let a trial go on from another's need that one's last few.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=3),
                 failure_config=tune.FailureConfig(max_failures=MAX_WORKER_FAILURES),
                 verbose=0,
             ),
@@ -131,8 +138,34 @@ def _own_ctrl_c() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-class _PatientSearch(ImplicitOptunaSearch):
-    """A searcher that waits to be told what a trial's error was: Tune tells it only that there was one."""
+class _WorkSearch(ImplicitOptunaSearch):
+    """The searcher of a search: it gives out the trials of a queue, and hears of errors from a watcher alone.
+
+    Tune tells a searcher only that there was an error.
+    """
+
+    def __init__(self, work: Work, queue: TrialQueue) -> None:
+        study = queue.study
+        super().__init__(
+            work.space,
+            work.metric,
+            work.mode,
+            storage=storage_of(study),
+            study_name=study.study_name,
+            sampler=study.sampler,
+        )
+        self._work = work
+        self._queue = queue
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the config of the trial ``trial_id``, its seed and the files that it may go on from included."""
+        config = super().suggest(trial_id)
+        if not isinstance(config, dict):
+            return config
+        trial = trials_of(self)[trial_id]
+        files = [file for run in self.queue.leases.runs(trial) for file in self._work.saved(run)]
+        resume = {RESUME_FROM: [str(file) for file in files]} if files else {}
+        return {**self._work.settings_of(trial.number), **config, **resume}
 
     def on_trial_complete(self, trial_id: str, result: Record | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended, unless by an error."""
@@ -143,11 +176,36 @@ class _PatientSearch(ImplicitOptunaSearch):
         """Tell the study that the trial failed."""
         super().on_trial_complete(trial_id, error=True)
 
+    def on_error(self, trial_id: str, error: BaseException) -> bool:
+        """Record what a trial raised, and return whether the search goes on."""
+        trial = trials_of(self)[trial_id]
+        goes_on = self._work.failures.may_go_on(self.study)
+        failure = self._work.failures.keep(trial.number, error)
+        write_failure(trial, Outcome(TrialState.FAIL, failure, type(error).__name__))
+        if goes_on:
+            completed_trials(self).add(trial_id)
+            self.queue.tell(trial, None, TrialState.FAIL)
+        return goes_on
+
+    def goes_on(self) -> bool:
+        """Return whether the search would go on after an error."""
+        return self._work.failures.may_go_on(self.study)
+
+    def give_back(self) -> None:
+        """Put back the trials that have not ended."""
+        for trial_id, trial in trials_of(self).items():
+            if trial_id not in completed_trials(self):
+                self.queue.give_back(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: a search goes on by its study, in a new Tuner."""
+        Path(checkpoint_path).touch()
+
 
 class _Watcher(tune.Callback):  # type: ignore[misc]
     """Hear of each trial's end, and of the first error that a trial itself raised."""
 
-    def __init__(self, on_trial_end: Callable[[], None], searcher: _PatientSearch) -> None:
+    def __init__(self, on_trial_end: Callable[[], None], searcher: _WorkSearch) -> None:
         self._on_trial_end = on_trial_end
         self._searcher = searcher
         self._warned = False
@@ -164,15 +222,24 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         self._on_trial_end()
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Keep the error, or pass on that the trial lost its worker too often."""
-        self.error = self.error or raised_by(trial)
-        if self.error is None:
+        """Record the error or keep it, or pass on that the trial lost its worker too often."""
+        raised = raised_by(trial)
+        if raised is None:
             self._searcher.on_worker_lost(trial.trial_id)
+        elif self.error is None and not self._searcher.on_error(trial.trial_id, _cause_of(raised)):
+            self.error = raised
         self._on_trial_end()
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Keep the error: starting the trial again would only repeat it."""
-        self.error = self.error or raised_by(trial)
+        """Keep the error of a trial, where that ends the search: starting the trial again would only repeat it."""
+        raised = raised_by(trial)
+        if raised is not None and self.error is None and not self._searcher.goes_on():
+            self._searcher.on_error(trial.trial_id, _cause_of(raised))
+            self.error = raised
+
+    def is_lost(self, trial_id: str) -> bool:
+        """Return whether another worker has taken a trial over."""
+        return trial_id in self._searcher.lost
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks next to the trials; a listener on this process has no place there.
@@ -186,12 +253,17 @@ class _StopWhen(tune.Stopper):  # type: ignore[misc]
         self._watcher = watcher
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: no trial is stopped by its results."""
-        return False
+        """Return whether another worker has taken the trial over; no trial is stopped by its results."""
+        return self._watcher.is_lost(trial_id)
 
     def stop_all(self) -> bool:
         """Return whether to end the search."""
         return self._watcher.error is not None
+
+
+def _cause_of(error: Exception) -> BaseException:
+    """Return what a trial raised in its worker, as it raised it."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def _ignore() -> None:
