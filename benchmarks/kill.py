@@ -13,17 +13,16 @@ from pathlib import Path
 
 from common import Page, machine
 
+from tests.support.databases import databases, why_not
 from tests.support.kills import (
     DOUBLE,
     POINTS,
     Kill,
     Plan,
-    databases,
     end_of,
     has_no_place,
     run_plan,
     toll_of,
-    why_not,
 )
 
 ENGINES = ("optuna", "ray")

@@ -177,6 +177,7 @@ def search(
         if missing:
             engine = OptunaEngine(work) if backend == "optuna" else _ray_engine(work, *on_ray)
             _run(engine, study, n_trials, lease_s, time_budget_s, ledger)
+        ledger.update()
     result = SearchResult.write(folder, ledger.summary(backend, metric, mode))
     if ended.by_signal is not None:
         raise SystemExit(128 + ended.by_signal)
@@ -194,8 +195,9 @@ def _run(
             engine.run(TrialQueue(study, n_trials, leases), time_budget_s, ledger.update)
     except KeyboardInterrupt:
         pass
-    finally:
+    except BaseException:
         ledger.update()
+        raise
 
 
 def _ray_engine(work: Work, *on_ray: Any) -> Engine:

@@ -217,7 +217,7 @@ def queue_interrupted(study: optuna.Study, space: Space) -> None:
     trials = study.get_trials(deepcopy=False)
     rerun = {trial.user_attrs.get(RERUN_ATTR) for trial in trials}
     for trial in trials:
-        if was_raised(trial) and not _fits(trial.params, space):
+        if was_raised(trial) and not _fits(trial.params, space, wholly=False):
             # A mistake in the space, which has been mended since.
             write_failure(running_trial(study, trial), CUT_OFF)
             end(study, running_trial(study, trial), CUT_OFF.state)
@@ -269,12 +269,13 @@ def search_seed(study: optuna.Study, seed: int | None) -> int:
     return int(seed)
 
 
-def _fits(params: Mapping[str, Any], space: Space) -> bool:
+def _fits(params: Mapping[str, Any], space: Space, *, wholly: bool = True) -> bool:
+    """Return whether ``params`` can come from ``space``: ``wholly``, or as far as it has them."""
     if callable(space):
         return True
     try:
-        return set(params) == set(space) and all(
-            contains(distribution, params[name]) for name, distribution in space.items()
+        return (not wholly or set(params) == set(space)) and all(
+            contains(space[name], params[name]) for name in set(params).intersection(space)
         )
     except ValueError:  # it is of another type
         return False
