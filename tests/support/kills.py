@@ -180,9 +180,10 @@ class Process:
         on(ArtifactSaves, "_write_turn", after=self._saved)
         on(ArtifactSaves, "_upload", after=self._saved)
         if self.plan.engine == "ray":
-            from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
+            from ray.train._internal.storage import StorageContext
 
-            on(ImplicitTrainable, "save", after=self._saved)
+            # In the Trainable's `save`, which Ray has looked up before it can be wrapped here.
+            on(StorageContext, "persist_current_checkpoint", after=self._saved)
 
     def _advances(self, trial: Trial) -> None:
         self.trial = trial
@@ -326,9 +327,9 @@ def _between_file_and_name(process: Process) -> None:
 def _after_the_save(process: Process) -> None:
     on(ArtifactSaves, "save", after=lambda *_: process.runs(SECOND) and process.end())
     if process.plan.engine == "ray":
-        from tune_implicit.searches.engines.ray_tune.trainable import ImplicitTrainable
+        from ray.train._internal.storage import StorageContext
 
-        on(ImplicitTrainable, "save", after=lambda *_: process.runs(SECOND) and process.end())
+        on(StorageContext, "persist_current_checkpoint", after=lambda *_: process.runs(SECOND) and process.end())
 
 
 def _ends(process: Process) -> bool:
