@@ -12,12 +12,12 @@ import optuna
 import sqlalchemy
 from optuna.distributions import check_distribution_compatibility
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from tune_implicit.errors import InvalidValueError, StorageError
 from tune_implicit.searches.borrowed import contains, end, running_trial
+from tune_implicit.searches.journal import WholeLines
 from tune_implicit.searches.leases import LEASE_ATTR, Watch, lease_of, put_back_abandoned
 from tune_implicit.searches.outcome import CHECKPOINT_ATTR, CUT_OFF, is_interrupted, was_raised, write_failure
 from tune_implicit.searches.patience import patient, patiently
@@ -59,7 +59,7 @@ def open_storage(storage: str | BaseStorage) -> BaseStorage:
     try:
         if "://" in storage:
             return _open_database(storage)
-        return JournalStorage(JournalFileBackend(str(Path(storage).expanduser().absolute())))
+        return JournalStorage(WholeLines(str(Path(storage).expanduser().absolute())))
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = _masked(str(error).strip().splitlines()[0].rstrip("."), storage)
         raise StorageError(

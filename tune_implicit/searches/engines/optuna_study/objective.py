@@ -232,10 +232,6 @@ class ImplicitObjective:
                 record = trial.record if ends else run_trial(trial, reporter)
             except TRIAL_FAILURES as error:
                 record = trial.failure_record(str(error))
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt | SystemExit):
-                    saves.save(trial)
-                raise
         for name in self.metrics[1:]:
             failure_of(record, name)  # each is reported
         outcome = outcome_of(record, self.metric)

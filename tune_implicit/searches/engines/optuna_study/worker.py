@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.searches.borrowed import storage_of
@@ -84,8 +85,9 @@ class OptunaEngine:
                     extra=work.settings_of(trial.number),
                     others=work.saved,
                 )
-        except LeaseLostError:
-            return
+        except (LeaseLostError, UpdateFinishedTrialError):
+            # Another worker has taken it over, and may have ended it.
+            queue.leases.drop(trial)
         except TrialTimeoutError:
             self._end_hanging(queue, trial)
         except Exception as error:

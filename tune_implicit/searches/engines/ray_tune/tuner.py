@@ -74,8 +74,11 @@ class RayEngine:
         """
         searcher = _WorkSearch(self.work, queue)
         watcher = _Watcher(on_trial_end, searcher)
+        asked = signal.getsignal(signal.SIGTERM)
         try:
             with quiet_ray(), connected(self.cpus_per_trial, self.gpus_per_trial, self.address), _own_ctrl_c():
+                if asked is not None and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, asked)  # `ray.init` has put its own there
                 probe(self.work.folder)
                 self._tuner(searcher, watcher, time_budget_s).fit()
         finally:
