@@ -105,15 +105,26 @@ class Leases:
         return Lease(self.worker, runs or (uuid.uuid4().hex,), self._lease_s)
 
     def take(self, trial: optuna.Trial, lease: Lease) -> None:
-        """Hold ``trial`` from now on, and write its ``lease`` if its study does not have it yet."""
-        if trial.user_attrs.get(LEASE_ATTR) != lease.plain:
-            lease.write(trial)
+        """Write the ``lease`` of ``trial`` into its study, and hold it from now on."""
+        lease.write(trial)
+        self.hold(trial, lease)
+
+    def hold(self, trial: optuna.Trial, lease: Lease) -> None:
+        """Hold ``trial`` from now on, whose study has its ``lease``."""
         with self._lock:
             self._held[trial.number] = (trial, lease, time.monotonic())
 
     def runs(self, trial: optuna.Trial) -> tuple[str, ...]:
-        """Return the names that a trial which is held has been saved under, the newest last."""
+        """Return the names that a trial which is held has been saved under, the newest last.
+
+        Raises
+        ------
+        LeaseLostError
+            If another worker has taken it over.
+        """
         with self._lock:
+            if trial.number not in self._held:
+                raise LeaseLostError(f"Trial {trial.number} was taken over by another worker.")
             return self._held[trial.number][1].runs
 
     def drop(self, trial: optuna.Trial) -> None:

@@ -55,11 +55,15 @@ class TrialQueue:
         taken = sum(has_ended(trial) or trial.state is TrialState.RUNNING for trial in trials)
         if self._exhausted or (self._n_trials is not None and taken >= self._n_trials):
             return None
-        waits = any(trial.state is TrialState.WAITING for trial in trials)
-        trial = self.study.ask() if waits else self._begin(run)
+        if not any(trial.state is TrialState.WAITING for trial in trials):
+            return self._begin(run)
+        trial = self.study.ask()
         earlier = lease_of(stored(self.study, trial))
         runs = [*(earlier.runs if earlier is not None else ()), *([run] if run is not None else [])]
-        self.leases.take(trial, self.leases.new(*dict.fromkeys(runs)))
+        try:
+            self.leases.take(trial, self.leases.new(*dict.fromkeys(runs)))
+        except UpdateFinishedTrialError:  # this worker was stopped here, and another has ended the trial since
+            return None
         return trial
 
     def _begin(self, run: str | None) -> optuna.Trial:
@@ -71,7 +75,9 @@ class TrialQueue:
             for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
             if lease_of(trial) == lease
         )
-        return running_trial(self.study, begun)
+        trial = running_trial(self.study, begun)
+        self.leases.hold(trial, lease)
+        return trial
 
     def tell(self, trial: optuna.Trial, values: float | Sequence[float] | None, state: TrialState) -> None:
         """Tell the study how a trial ended that this worker holds; what another has taken over is left to that one.
@@ -94,6 +100,14 @@ class TrialQueue:
             self._exhausted = True
         finally:
             self.leases.drop(trial)
+
+    def holds(self, trial: optuna.Trial) -> bool:
+        """Return whether this worker has ``trial``, surely."""
+        try:
+            self.leases.check(trial, surely=True)
+        except LeaseLostError:
+            return False
+        return True
 
     def give_back(self, trial: optuna.Trial) -> None:
         """Put a trial back that this worker will not end, for whichever takes it up."""

@@ -91,6 +91,8 @@ class OptunaEngine:
         except TrialTimeoutError:
             self._end_hanging(queue, trial)
         except Exception as error:
+            if not queue.holds(trial):
+                return
             # Before it is written, or this error would count as one of those before.
             goes_on = work.failures.may_go_on(queue.study)
             failure = work.failures.keep(trial.number, error)
