@@ -63,6 +63,13 @@ def test_a_storage_that_cannot_be_opened_is_told(storage: str) -> None:
         open_storage(storage)
 
 
+def test_a_password_is_not_told() -> None:
+    with pytest.raises(StorageError, match=r"sqlite://user:\*\*\*@host") as told:
+        open_storage("sqlite://user:secret@host/study")
+    assert "secret" not in str(told.value)
+    assert told.value.__cause__ is None
+
+
 def test_a_file_that_is_no_storage_is_told(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("Dear diary,\nnothing today.\n")
@@ -89,6 +96,11 @@ def test_an_output_already_used_is_an_error(output: Path) -> None:
     run(output, 1)
     with pytest.raises(InvalidValueError, match=r"already holds a search.*--resume"):
         run(output)
+
+
+def test_an_output_at_home_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(Path("~/found"), 1).output == tmp_path / "found"
 
 
 def test_an_output_that_is_a_file_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,18 @@ def test_trials_that_run_when_the_time_is_over_are_put_back(output: Path) -> Non
     trials = study_in(output).trials
     assert trials
     assert {trial.state for trial in trials} == {TrialState.WAITING}
+
+
+def test_a_trial_that_hangs_is_ended_with_its_worker(output: Path) -> None:
+    def problem(config: Any) -> Any:
+        if config["fault"] == "hang":
+            time.sleep(600)
+        return toy.problem(config)
+
+    space = {"fault": CategoricalDistribution(["hang", "none"])}
+    found = run(output, 2, backend="ray", problem=problem, space=space, sampler=InTurn(), trial_timeout_s=3.0)
+    assert [trial.state for trial in found.trials] == ["failed", "complete"]
+    assert found.trials[0].failure == "The trial took longer than `trial_timeout_s`, 3 s, and was ended."
 
 
 def raised_with(error: Exception, output: Path, monkeypatch: pytest.MonkeyPatch) -> BaseException:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tune_implicit.trials.checkpoint import CHECKPOINT_FILE
 
-__all__ = ["FOLDER", "pattern_of", "saved"]
+__all__ = ["FOLDER", "pattern_of", "saved", "timeouts_in"]
 
 # Tune's own folder, in that of the search.
 FOLDER = "ray"
@@ -18,3 +18,8 @@ def pattern_of(trial_id: str) -> str:
 def saved(folder: Path, trial_id: str) -> list[Path]:
     """Return the files that one of Ray's trials was saved to, the oldest first."""
     return sorted(folder.glob(pattern_of(trial_id)))
+
+
+def timeouts_in(folder: Path) -> Path:
+    """Return where a search in ``folder`` notes the trials that took too long, each by a file of its name."""
+    return folder.absolute() / "timeouts"

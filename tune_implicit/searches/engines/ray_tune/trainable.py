@@ -86,6 +86,10 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
     def _trial(self) -> Trial:
         # Built by the call that first needs it. A mistake then reaches the search as itself, where one in an actor's
         # constructor only kills the actor; and the trial before it is gone from memory.
+        if self._timeout_s is not None:
+            self._timer = threading.Timer(self._timeout_s, self._end)
+            self._timer.daemon = True
+            self._timer.start()
         config = dict(_of_one_repeat(self._own_config))
         saved = config.pop(RESUME_FROM, ())
         trial = Trial(self._problem, config, self._data, self._metric, self._mode, **self._start)
@@ -93,10 +97,6 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
         if newest := read_newest(Path(file) for file in saved):
             trial.load(newest[0])
-        if self._timeout_s is not None:
-            self._timer = threading.Timer(self._timeout_s, self._end)
-            self._timer.daemon = True
-            self._timer.start()
         return trial
 
     def _end(self) -> None:

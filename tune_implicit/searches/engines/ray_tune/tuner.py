@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.trial import TrialState
 from ray import tune
 from ray.exceptions import RayTaskError
@@ -19,12 +20,13 @@ from tune_implicit.searches.borrowed import storage_of
 from tune_implicit.searches.engines.base import Work
 from tune_implicit.searches.engines.ray_tune.borrowed import completed_trials, raised_by, trials_of
 from tune_implicit.searches.engines.ray_tune.cluster import connected, places, probe
-from tune_implicit.searches.engines.ray_tune.folder import FOLDER
+from tune_implicit.searches.engines.ray_tune.folder import FOLDER, timeouts_in
 from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
 from tune_implicit.searches.engines.ray_tune.trainable import RESUME_FROM, ImplicitTrainable
 from tune_implicit.searches.outcome import Outcome, write_failure
 from tune_implicit.searches.queue import TrialQueue
 from tune_implicit.searches.quiet import quiet_ray
+from tune_implicit.searches.timeout import reason_of
 from tune_implicit.trials.problem import NO_SELECT_DATA
 from tune_implicit.trials.record import Record
 from tune_implicit.trials.troubles import TroubleTeller
@@ -99,7 +101,7 @@ class RayEngine:
             mode=work.mode,
             initial_ul_state=work.initial_ul_state,
             trial_timeout_s=work.trial_timeout_s,
-            timeouts=None if work.trial_timeout_s is None else work.folder.absolute() / "timeouts",
+            timeouts=None if work.trial_timeout_s is None else timeouts_in(work.folder),
         )
         return tune.Tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
@@ -178,6 +180,12 @@ class _WorkSearch(ImplicitOptunaSearch):
     def on_worker_lost(self, trial_id: str) -> None:
         """Tell the study that the trial failed."""
         super().on_trial_complete(trial_id, error=True)
+
+    def _end_of(self, trial: optuna.Trial, result: Record | None, error: bool) -> Outcome:
+        run = self.queue.leases.runs(trial)[-1]
+        if error and (timeouts_in(self._work.folder) / run).exists():
+            return Outcome(TrialState.FAIL, reason_of(self._work.trial_timeout_s or 0.0))
+        return super()._end_of(trial, result, error)
 
     def on_error(self, trial_id: str, error: BaseException) -> bool:
         """Record what a trial raised, and return whether the search goes on."""
