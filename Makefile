@@ -5,7 +5,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 NUMERICAL := tests/hypergradients tests/trials tests/checks
 
-.PHONY: demo test test-kernels test-oldest lint benchmark bench-defaults bench-search setup clean
+.PHONY: demo test test-kernels test-oldest lint benchmark bench-defaults bench-search bench-kill setup clean
 
 demo: setup
 	$(BIN)/python examples/hyper_cleaning.py
@@ -43,6 +43,11 @@ bench-defaults: setup
 # Seven hours on one core; `--rivals 2` takes three.
 bench-search: setup
 	$(BIN)/python benchmarks/search.py --output benchmarks/results
+
+# Ten minutes for Optuna, half an hour for Ray.
+bench-kill: setup
+	PYTHONPATH=. $(BIN)/python benchmarks/kill.py --output benchmarks/results/kill.md
+	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead.md
 
 setup: .venv/installed
 
