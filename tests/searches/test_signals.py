@@ -11,10 +11,12 @@ from tune_implicit.searches.signals import ending_in_order
 
 @pytest.fixture(autouse=True)
 def as_python_has_it() -> Iterator[None]:
-    """SIGTERM without a handler, where Ray has left its own."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals as Python has them, where Ray and Tune have left handlers of their own."""
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_sigterm_does_what_ctrl_c_does() -> None:
