@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import pickle
 import subprocess
 import sys
 import warnings
@@ -190,7 +191,8 @@ def _others(workers: int, backend: str, folder: Path) -> Iterator[None]:
         for other in others:
             if ending:
                 other.terminate()
-            other.wait()
+            if other.wait() not in (0, NOTHING_COMPLETED) and not ending:
+                click.echo(f"Warning: one of the workers ended with exit code {other.returncode}.", err=True)
 
 
 def _read_ul_state(file: Path) -> Any:
@@ -211,7 +213,7 @@ def _read_ul_state(file: Path) -> Any:
     except CheckpointError as error:
         try:
             values = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # noqa: BLE001 - what torch raises for a file of another kind is not listed anywhere
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
             values = None
         if isinstance(values, dict) and all(isinstance(value, torch.Tensor) for value in values.values()):
             return values

@@ -20,7 +20,7 @@ from tune_implicit.searches import workers
 from tune_implicit.searches.borrowed import put_back, running_trial, stored
 from tune_implicit.searches.patience import STORAGE_FAILURES
 
-__all__ = ["LEASE_S", "Lease", "LeaseLostError", "Leases", "Watch", "lease_of", "put_back_abandoned"]
+__all__ = ["LEASE_ATTR", "LEASE_S", "Lease", "LeaseLostError", "Leases", "Watch", "lease_of", "put_back_abandoned"]
 
 LEASE_S = 60.0
 LEASE_ATTR = "lease"
@@ -177,8 +177,7 @@ class Leases:
 class Watch:
     """What one worker has seen of the others' leases, by its own clock."""
 
-    def __init__(self, lease_s: float = LEASE_S) -> None:
-        self._lease_s = lease_s
+    def __init__(self) -> None:
         self._seen: dict[int, tuple[object, float]] = {}
 
     def abandoned(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -194,7 +193,7 @@ class Watch:
         if known != mark:
             since = now
         self._seen[trial.number] = (mark, since)
-        return now - since > (self._lease_s if lease is None else lease.lease_s)
+        return now - since > (LEASE_S if lease is None else lease.lease_s)
 
 
 def put_back_abandoned(study: optuna.Study, abandoned: list[FrozenTrial]) -> None:

@@ -7,8 +7,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.searches.borrowed import put_back, running_trial, stored
-from tune_implicit.searches.leases import LeaseLostError, Leases, Watch, lease_of, put_back_abandoned
-from tune_implicit.searches.outcome import is_interrupted
+from tune_implicit.searches.leases import LEASE_ATTR, LeaseLostError, Leases, Watch, lease_of, put_back_abandoned
+from tune_implicit.searches.outcome import Outcome, is_interrupted, write_failure
 
 __all__ = ["TrialQueue"]
 
@@ -50,8 +50,10 @@ class TrialQueue:
         run : str, optional
             The name that it will be saved under; by default that of its earlier runs, or a new one.
         """
-        put_back_abandoned(self.study, self._watch.abandoned(self.study.get_trials(deepcopy=False)))
         trials = self.study.get_trials(deepcopy=False)
+        if abandoned := self._watch.abandoned(trials):
+            put_back_abandoned(self.study, abandoned)
+            trials = self.study.get_trials(deepcopy=False)
         taken = sum(has_ended(trial) or trial.state is TrialState.RUNNING for trial in trials)
         if self._exhausted or (self._n_trials is not None and taken >= self._n_trials):
             return None
@@ -69,7 +71,7 @@ class TrialQueue:
     def _begin(self, run: str | None) -> optuna.Trial:
         """Return a new trial, which comes into its study with its lease, in one write."""
         lease = self.leases.new(*([] if run is None else [run]))
-        self.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"lease": lease.plain}))
+        self.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={LEASE_ATTR: lease.plain}))
         (begun,) = (
             trial
             for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
@@ -109,10 +111,18 @@ class TrialQueue:
             return False
         return True
 
-    def give_back(self, trial: optuna.Trial) -> None:
-        """Put a trial back that this worker will not end, for whichever takes it up."""
+    def fail(self, trial: optuna.Trial, failure: str, error: str | None = None) -> None:
+        """Tell the study that a trial failed, and why; ``error`` is the type of the exception, where it raised one."""
+        if self.holds(trial):
+            write_failure(trial, Outcome(TrialState.FAIL, failure, error))
+            self.tell(trial, None, TrialState.FAIL)
+
+    def give_back(self, trial: optuna.Trial, failure: str | None = None, error: str | None = None) -> None:
+        """Put a trial back that this worker will not end, for whichever takes it up; and say why, if there is a why."""
         try:
             self.leases.check(trial, surely=True)
+            if failure is not None:
+                write_failure(trial, Outcome(TrialState.FAIL, failure, error))
             put_back(self.study, trial)
         except (LeaseLostError, UpdateFinishedTrialError):
             pass

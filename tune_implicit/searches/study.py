@@ -248,12 +248,12 @@ def requeue(study: optuna.Study, watch_s: float = 0.0) -> int:
         Seconds to watch the leases of workers on other machines, of which is not known whether they have ended; more
         than a lease lasts (60) tells. The others are put back at once.
     """
-    watch, end = Watch(), time.monotonic() + watch_s
+    watch, until = Watch(), time.monotonic() + watch_s
     before = len(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
     while True:
         running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         put_back_abandoned(study, watch.abandoned(trial for trial in running if lease_of(trial) is not None))
-        if time.monotonic() >= end:
+        if time.monotonic() >= until:
             break
         time.sleep(min(1.0, watch_s))
     queue_interrupted(study, lambda trial: None)

@@ -15,8 +15,8 @@ GRACE_S = 10.0
 EXIT_CODE = 124
 
 
-class TrialTimeoutError(Exception):
-    """A trial took too long."""
+class TrialTimeoutError(BaseException):
+    """A trial took too long; like Ctrl-C it is nothing that a trial's own ``except Exception`` may keep."""
 
 
 def reason_of(timeout_s: float) -> str:

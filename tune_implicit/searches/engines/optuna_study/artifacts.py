@@ -1,15 +1,14 @@
 """A trial in an artifact store: saved in turns while it runs, and linked to its study at its end."""
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
 from torch import Tensor
@@ -23,9 +22,14 @@ from tune_implicit.trials.trial import Trial
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-__all__ = ["ArtifactSaves", "load_ul_state"]
+__all__ = ["ArtifactSaves", "load_ul_state", "turns_of"]
 
 MIME_TYPE = "application/octet-stream"
+
+
+def turns_of(run: str) -> list[str]:
+    """Return the two artifacts that take turns while a run of a trial lasts."""
+    return [f"{run}.{turn}" for turn in (0, 1)]
 
 
 class ArtifactSaves:
@@ -61,7 +65,7 @@ class ArtifactSaves:
             if newest := read_newest([*files.values(), *others]):
                 path, _ = newest
                 trial.load(path)
-                self._next = 1 if path == files.get(self._turns[0]) else 0
+                self._next = 1 if path == files.get(turns_of(self._runs[-1])[0]) else 0
 
     def save(self, trial: Trial) -> None:
         """Save a trial that runs; the save before stays until this one is written."""
@@ -93,17 +97,13 @@ class ArtifactSaves:
     def _write_turn(self, path: Path) -> None:
         assert self._store is not None, "nothing is saved without a store"
         with path.open("rb") as file:
-            self._store.write(self._turns[self._next], file)
+            self._store.write(turns_of(self._runs[-1])[self._next], file)
 
     def _upload(self, path: Path) -> None:
         assert self._store is not None, "nothing is saved without a store"
         self.linked = upload_artifact(
             artifact_store=self._store, file_path=str(path), study_or_trial=self._optuna_trial, mimetype=MIME_TYPE
         )
-
-    @property
-    def _turns(self) -> list[str]:
-        return [f"{self._runs[-1]}.{turn}" for turn in (0, 1)]
 
     def _linked(self) -> list[str]:
         trial = self._optuna_trial
@@ -119,26 +119,22 @@ class ArtifactSaves:
         """Bring each artifact of the trial that is there to a file of its own."""
         with tempfile.TemporaryDirectory() as directory:
             files: dict[str, Path] = {}
-            names = [f"{run}.{turn}" for run in self._runs for turn in (0, 1)]
+            names = [turn for run in self._runs for turn in turns_of(run)]
             for name in [*names, *self._linked()]:
                 if self._store is None:
                     break
                 path = Path(directory) / f"{len(files)}.pt"
-                try:
-                    with self._store.open_reader(name) as source, path.open("wb") as target:
-                        shutil.copyfileobj(source, target)
-                except (ArtifactNotFound, OSError):
-                    continue
-                files[name] = path
+                # A store that cannot be read is an error, and no reason to begin anew.
+                with suppress(ArtifactNotFound):
+                    download_artifact(artifact_store=self._store, file_path=str(path), artifact_id=name)
+                    files[name] = path
             yield files
 
     def _remove_turns(self) -> None:
-        for run in self._runs:
-            for turn in (0, 1):
-                try:
-                    self._store.remove(f"{run}.{turn}")  # type: ignore[union-attr]
-                except (ArtifactNotFound, OSError):
-                    continue
+        assert self._store is not None, "nothing is saved without a store"
+        for turn in (turn for run in self._runs for turn in turns_of(run)):
+            with suppress(ArtifactNotFound, OSError):
+                self._store.remove(turn)
 
 
 def load_ul_state(study: optuna.Study, artifact_store: "ArtifactStore | str | Path") -> dict[str, Tensor]:
@@ -167,8 +163,7 @@ def load_ul_state(study: optuna.Study, artifact_store: "ArtifactStore | str | Pa
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / CHECKPOINT_FILE
         try:
-            with store.open_reader(links[-1]) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            download_artifact(artifact_store=store, file_path=str(path), artifact_id=links[-1])
         except (IndexError, ArtifactNotFound, OSError) as error:
             raise CheckpointError(
                 f"The save of the best trial, {best.number}, is not in `artifact_store`. Pass the store that "

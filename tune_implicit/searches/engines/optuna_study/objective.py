@@ -235,9 +235,9 @@ class ImplicitObjective:
         for name in self.metrics[1:]:
             failure_of(record, name)  # each is reported
         outcome = outcome_of(record, self.metric)
-        saves.finish(trial)
         if leases is not None:
             leases.check(optuna_trial)
+        saves.finish(trial)
         if flat and saves.linked is not None:
             optuna_trial.set_user_attr(CHECKPOINT_ATTR, saves.linked)
         write_outcome(optuna_trial, record, outcome, flat=flat, ul_quantiles=_last_quantiles(trial))

@@ -11,9 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tune_implicit.searches.borrowed import storage_of
 from tune_implicit.searches.engines.base import Work
+from tune_implicit.searches.engines.optuna_study.artifacts import turns_of
 from tune_implicit.searches.engines.optuna_study.objective import ImplicitObjective, alone
 from tune_implicit.searches.leases import LeaseLostError
-from tune_implicit.searches.outcome import CHECKPOINT_ATTR, Outcome, write_failure
+from tune_implicit.searches.outcome import CHECKPOINT_ATTR
 from tune_implicit.searches.queue import TrialQueue
 from tune_implicit.searches.timeout import TrialTimeoutError, ended_after, reason_of
 
@@ -22,14 +23,13 @@ __all__ = ["OptunaEngine", "linked", "patterns_of"]
 # Where a search saves its trials, in its folder.
 FOLDER = "artifacts"
 
-
 # Between two looks at trials that run elsewhere.
 POLL_S = 0.5
 
 
 def patterns_of(run: str) -> list[str]:
     """Return the patterns of the files that a run of a trial is saved to while it lasts, below the search's folder."""
-    return [f"{FOLDER}/{run}.{turn}" for turn in (0, 1)]
+    return [f"{FOLDER}/{turn}" for turn in turns_of(run)]
 
 
 def linked(study: optuna.Study, trial: FrozenTrial) -> list[str]:
@@ -91,16 +91,13 @@ class OptunaEngine:
         except TrialTimeoutError:
             self._end_hanging(queue, trial)
         except Exception as error:
-            if not queue.holds(trial):
-                return
             # Before it is written, or this error would count as one of those before.
             goes_on = work.failures.may_go_on(queue.study)
             failure = work.failures.keep(trial.number, error)
-            write_failure(trial, Outcome(TrialState.FAIL, failure, type(error).__name__))
             if not goes_on:
-                queue.give_back(trial)
+                queue.give_back(trial, failure, type(error).__name__)
                 raise
-            queue.tell(trial, None, TrialState.FAIL)
+            queue.fail(trial, failure, type(error).__name__)
         except BaseException:  # Ctrl-C
             queue.give_back(trial)
             raise
@@ -109,5 +106,4 @@ class OptunaEngine:
             queue.tell(trial, values, outcome.state)
 
     def _end_hanging(self, queue: TrialQueue, trial: optuna.Trial) -> None:
-        write_failure(trial, Outcome(TrialState.FAIL, reason_of(self.work.trial_timeout_s or 0.0)))
-        queue.tell(trial, None, TrialState.FAIL)
+        queue.fail(trial, reason_of(self.work.trial_timeout_s or 0.0))

@@ -158,6 +158,8 @@ class ImplicitOptunaSearch(OptunaSearch):  # type: ignore[misc]
             return
         completed_trials(self).add(trial_id)
         trial = trials_of(self)[trial_id]
+        if not self.queue.holds(trial):
+            return  # it is another worker's by now
         outcome = self._end_of(trial, result, error)
         if outcome is CUT_OFF:
             self.queue.give_back(trial)

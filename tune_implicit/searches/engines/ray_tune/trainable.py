@@ -76,8 +76,7 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         self._save_every_s = save_every_s
         self._timeout_s, self._timeouts = trial_timeout_s, timeouts
         self._timer: threading.Timer | None = None
-        # Passed on only where there is one.
-        self._start = {} if initial_ul_state is None else {"initial_ul_state": initial_ul_state}
+        self._initial_ul_state = initial_ul_state
         self._troubles = TroubleTeller()
         self._worst = math.inf if mode == "min" else -math.inf
         self._own_config = config
@@ -92,7 +91,9 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
             self._timer.start()
         config = dict(_of_one_repeat(self._own_config))
         saved = config.pop(RESUME_FROM, ())
-        trial = Trial(self._problem, config, self._data, self._metric, self._mode, **self._start)
+        trial = Trial(
+            self._problem, config, self._data, self._metric, self._mode, initial_ul_state=self._initial_ul_state
+        )
         if trial.problem.selected_on != "select_data":
             warnings.warn(NO_SELECT_DATA, stacklevel=2)
         if newest := read_newest(Path(file) for file in saved):
@@ -110,7 +111,7 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         return self._timeouts is not None and (self._timeouts / self.trial_id).exists()
 
     def cleanup(self) -> None:
-        """Let go of the trial."""
+        """Let the trial take its time: it has ended, or another comes."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -127,12 +128,14 @@ class ImplicitTrainable(tune.Trainable):  # type: ignore[misc]
         try:
             record = self._trial.advance()
             if self._trial.completed:
+                self.cleanup()
                 record = self._trial.record
                 self._troubles.tell(record)
             elif saves.due():
                 record = record | {SAVE_NOW: True}
             return record | {"done": self._trial.completed}
         except TRIAL_FAILURES as error:
+            self.cleanup()
             record = self._trial.failure_record(str(error))
             self._troubles.tell(record)
             return {name: self._worst if value == math.inf else value for name, value in record.items()} | {

@@ -23,7 +23,7 @@ from tune_implicit.searches.engines.ray_tune.cluster import connected, places, p
 from tune_implicit.searches.engines.ray_tune.folder import FOLDER, timeouts_in
 from tune_implicit.searches.engines.ray_tune.searcher import ImplicitOptunaSearch
 from tune_implicit.searches.engines.ray_tune.trainable import RESUME_FROM, ImplicitTrainable
-from tune_implicit.searches.outcome import Outcome, write_failure
+from tune_implicit.searches.outcome import Outcome
 from tune_implicit.searches.queue import TrialQueue
 from tune_implicit.searches.quiet import quiet_ray
 from tune_implicit.searches.timeout import reason_of
@@ -192,10 +192,11 @@ class _WorkSearch(ImplicitOptunaSearch):
         trial = trials_of(self)[trial_id]
         goes_on = self._work.failures.may_go_on(self.study)
         failure = self._work.failures.keep(trial.number, error)
-        write_failure(trial, Outcome(TrialState.FAIL, failure, type(error).__name__))
+        completed_trials(self).add(trial_id)
         if goes_on:
-            completed_trials(self).add(trial_id)
-            self.queue.tell(trial, None, TrialState.FAIL)
+            self.queue.fail(trial, failure, type(error).__name__)
+        else:
+            self.queue.give_back(trial, failure, type(error).__name__)
         return goes_on
 
     def goes_on(self) -> bool:
