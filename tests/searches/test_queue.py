@@ -8,6 +8,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from tune_implicit.searches import leases as lease_room
+from tune_implicit.searches.borrowed import running_trial
 from tune_implicit.searches.leases import Lease, Leases, lease_of
 from tune_implicit.searches.outcome import CUT_OFF, write_failure
 from tune_implicit.searches.queue import TrialQueue
@@ -29,6 +30,19 @@ def test_a_new_trial_comes_with_its_lease(study: optuna.Study, leases: Leases) -
     assert (trial.number, study.trials[0].state) == (0, TrialState.RUNNING)
     assert (lease_of(study.trials[0]).worker, lease_of(study.trials[0]).runs) == (leases.worker, ("its run",))
     leases.check(trial, surely=True)
+
+
+def test_a_new_trial_may_be_anothers_before_its_worker_has_looked(
+    study: optuna.Study, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = study.add_trial
+
+    def stopped(trial: optuna.trial.FrozenTrial) -> None:
+        added(trial)
+        Lease("another/1/1/a", ("x",)).write(running_trial(study, study.trials[-1]))
+
+    monkeypatch.setattr(study, "add_trial", stopped)
+    assert TrialQueue(study, 1, leases).take() is None
 
 
 def test_there_are_as_many_as_were_asked_for(study: optuna.Study, leases: Leases) -> None:

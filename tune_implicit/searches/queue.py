@@ -1,6 +1,7 @@
 """Which trial a worker runs next, of a study that several may share; and how it is told of its end."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -68,15 +69,17 @@ class TrialQueue:
             return None
         return trial
 
-    def _begin(self, run: str | None) -> optuna.Trial:
-        """Return a new trial, which comes into its study with its lease, in one write."""
+    def _begin(self, run: str | None) -> optuna.Trial | None:
+        """Return a new trial, which comes into its study with its lease, in one write.
+
+        ``None`` where another worker has it by now, as this one was stopped past the lease before it could look.
+        """
         lease = self.leases.new(*([] if run is None else [run]))
         self.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={LEASE_ATTR: lease.plain}))
-        (begun,) = (
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-            if lease_of(trial) == lease
-        )
+        running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        begun = next((trial for trial in running if lease_of(trial) == lease), None)
+        if begun is None:
+            return None
         trial = running_trial(self.study, begun)
         self.leases.hold(trial, lease)
         return trial
@@ -114,7 +117,8 @@ class TrialQueue:
     def fail(self, trial: optuna.Trial, failure: str, error: str | None = None) -> None:
         """Tell the study that a trial failed, and why; ``error`` is the type of the exception, where it raised one."""
         if self.holds(trial):
-            write_failure(trial, Outcome(TrialState.FAIL, failure, error))
+            with suppress(UpdateFinishedTrialError):
+                write_failure(trial, Outcome(TrialState.FAIL, failure, error))
             self.tell(trial, None, TrialState.FAIL)
 
     def give_back(self, trial: optuna.Trial, failure: str | None = None, error: str | None = None) -> None:
